@@ -1,0 +1,123 @@
+"""
+Checkpoints: ckpt_XXXXXXXX.pt (the step) in a run directory. Written whole or not at all, verified
+before they are believed; the last two and the best are kept.
+"""
+import os
+import pickle
+import re
+import zipfile
+
+import torch
+
+from configurator import UserError
+
+FORMAT_VERSION = 1
+KEEP = 2   # newest ones; the best is kept besides
+KEYS = ("model", "model_args", "optimizer", "step", "config", "tokenizer")
+
+
+def path_of(run_dir, step):
+    return os.path.join(run_dir, f"ckpt_{step:08d}.pt")
+
+
+def list_checkpoints(run_dir):
+    """Paths of a run's checkpoints, newest first."""
+    names = os.listdir(run_dir) if os.path.isdir(run_dir) else []
+    found = sorted((n for n in names if re.fullmatch(r"ckpt_\d{8,}\.pt", n)),
+                   key=lambda n: int(n[5:-3]), reverse=True)
+    return [os.path.join(run_dir, n) for n in found]
+
+
+def check_unused(run_dir):
+    """Raise UserError if run_dir has checkpoints that a new run would replace."""
+    existing = list_checkpoints(run_dir)
+    if existing:
+        raise UserError(f"{run_dir} holds a run already ({os.path.basename(existing[0])}); go on "
+                        f"with --init_from=resume, or choose another --out_dir")
+
+
+def write_config(run_dir, text):
+    """Make the run directory and write its config.json."""
+    try:
+        os.makedirs(run_dir, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make out_dir {run_dir}: {error.strerror}") from None
+    write_atomically(os.path.join(run_dir, "config.json"), lambda file: file.write(text.encode()))
+
+
+def write_atomically(path, write):
+    """
+    Call write(file) on a temporary file beside path, flush it to the disk, and only then give it
+    path's name. On failure path is as before, and UserError says why.
+    """
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        directory = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+        os.fsync(directory)
+        os.close(directory)
+    except (OSError, RuntimeError) as error:   # torch.save wraps a full disk in RuntimeError
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise UserError(f"cannot write {path}: {error}; what was there before is intact") from None
+
+
+def save(run_dir, payload, best_step):
+    """
+    Write payload, a dict with KEYS, as the checkpoint of payload["step"], then delete the ones that
+    are no longer wanted. Returns its path; raises UserError if the disk refuses.
+    """
+    path = path_of(run_dir, payload["step"])
+    write_atomically(path, lambda file: torch.save(dict(payload, version=FORMAT_VERSION), file))
+    for old in list_checkpoints(run_dir)[KEEP:]:
+        if old != path_of(run_dir, best_step):
+            os.remove(old)
+    return path
+
+
+def load(path):
+    """
+    A checkpoint as a dict of CPU tensors, after its checksums have been verified. Nothing in the
+    file can run code (weights_only). Raises UserError for what is not a whole checkpoint of ours.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:   # torch.load itself does not compare checksums
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise UserError(f"{path} is damaged: bad checksum in {damaged}")
+        payload = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise UserError(f"there is no checkpoint {path}") from None
+    except (zipfile.BadZipFile, EOFError, NotImplementedError):
+        raise UserError(f"{path} is damaged or not a checkpoint") from None
+    except pickle.UnpicklingError:
+        raise UserError(f"{path} is refused: it holds more than tensors and plain values, and "
+                        f"loading it could run code") from None
+    except (OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"cannot read {path}: {reason}") from None
+    if not isinstance(payload, dict) or any(key not in payload for key in KEYS):
+        raise UserError(f"{path} is not a checkpoint of train.py")
+    if payload.get("version") != FORMAT_VERSION:
+        raise UserError(f"{path} has format version {payload.get('version')}, this code reads "
+                        f"{FORMAT_VERSION}")
+    return payload
+
+
+def newest_good(run_dir):
+    """
+    (path, messages): the newest checkpoint that can be loaded, or None, and a line for each newer
+    one that cannot.
+    """
+    messages = []
+    for path in list_checkpoints(run_dir):
+        try:
+            load(path)
+            return path, messages
+        except UserError as error:
+            messages.append(f"{error}; falling back to the previous checkpoint")
+    return None, messages

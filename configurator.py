@@ -1,0 +1,274 @@
+"""
+Settings: the one list of knobs, and how config files and --key=value fill it.
+
+    python train.py config/a.py --learning_rate=3e-4 config/b.py     # in order, later wins
+
+A config file is plain Python assignments, run in a namespace of its own: it is your own code, run
+as such. --key=value never evaluates anything.
+"""
+import dataclasses
+import difflib
+import json
+import math
+import os
+import sys
+import types
+import typing
+from dataclasses import dataclass, field
+
+ROOT = os.path.dirname(os.path.abspath(__file__))
+
+# Published settings that depend on the optimizer but not on the size of the model. A None in
+# TrainConfig stands for these. AdamW and SophiaG: arXiv 2305.14342; Lion: arXiv 2302.06675, with a
+# weight decay that keeps lr * weight_decay equal to AdamW's for GPT-2 small.
+OPTIMIZER_DEFAULTS = {
+    "sophiag": dict(beta1=0.965, beta2=0.99, weight_decay=0.2),
+    "adamw": dict(beta1=0.9, beta2=0.95, weight_decay=0.1),
+    "lion": dict(beta1=0.95, beta2=0.98, weight_decay=0.6),
+}
+
+
+class UserError(Exception):
+    """A mistake that the user can mend. Shown as one line, exit code 2."""
+
+
+def run_script(main):
+    """Run a script's main(argv): a UserError becomes one line on stderr and exit code 2."""
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def knob(default, meaning):
+    return field(default=default, metadata={"meaning": meaning})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    # run
+    out_dir: str = knob("out", "run directory: config.json, metrics.jsonl, checkpoints, wandb/")
+    init_from: str = knob("scratch", "scratch | resume | auto (resume if there is a checkpoint) | "
+                          "a checkpoint or run directory to finetune")
+    seed: int = knob(1337, "initial weights, order of the data, label noise and dropout")
+    eval_interval: int = knob(1000, "steps between evaluations, each followed by a checkpoint")
+    eval_iters: int = knob(0, "evaluation batches of total_batch_size sequences; 0: all of val.bin")
+    eval_only: bool = knob(False, "evaluate once and stop")
+    log_interval: int = knob(10, "steps between log lines")
+    wandb_log: bool = knob(False, "log to Weights & Biases as well")
+    wandb_project: str = knob("sophia-gpt2", "wandb project")
+    wandb_run_name: str | None = knob(None, "wandb run name (default: the name of out_dir)")
+    # data
+    dataset: str = knob("openwebtext", "a folder under data/, or the path of one elsewhere")
+    batch_size: int = knob(12, "sequences in one micro-batch on one rank")
+    total_batch_size: int = knob(480, "sequences behind one update, over all ranks")
+    # model
+    block_size: int = knob(1024, "context length in tokens")
+    n_layer: int = knob(12, "layers")
+    n_head: int = knob(12, "attention heads")
+    n_embd: int = knob(768, "width")
+    dropout: float = knob(0.0, "dropout; 0 for pretraining")
+    bias: bool = knob(False, "biases in Linear and LayerNorm")
+    scale_attn_by_inverse_layer_idx: bool = knob(True, "divide attention scores by layer index + 1")
+    # optimizer
+    optimizer: str = knob("sophiag", "sophiag | adamw | lion")
+    learning_rate: float = knob(6e-4, "peak learning rate")
+    min_lr: float | None = knob(None, "final learning rate (default: learning_rate / 10)")
+    max_iters: int = knob(100_000, "steps")
+    warmup_iters: int = knob(2000, "steps of linear warmup")
+    lr_decay_iters: int | None = knob(None, "step at which min_lr is reached (default: max_iters)")
+    decay_lr: bool = knob(True, "cosine decay; False: constant after warmup")
+    weight_decay: float | None = knob(None, "decoupled, on Linear weights (default: 0.2 sophiag, "
+                                      "0.1 adamw, 0.6 lion)")
+    beta1: float | None = knob(None, "default: 0.965 sophiag, 0.9 adamw, 0.95 lion")
+    beta2: float | None = knob(None, "default: 0.99 sophiag, 0.95 adamw, 0.98 lion")
+    grad_clip: float = knob(1.0, "largest gradient norm; 0: no clipping")
+    rho: float = knob(0.05, "sophiag: clipping threshold; larger means larger win_rate")
+    hessian_interval: int = knob(10, "sophiag: steps between Hessian estimates, k")
+    hessian_batch_size: int | None = knob(None, "sophiag: sequences in a Hessian estimate, over "
+                                          "all ranks (default: half of total_batch_size)")
+    # machine
+    device: str = knob("auto", "auto | cuda | mps | cpu")
+    dtype: str = knob("auto", "auto | float32 | bfloat16 | float16 (with a GradScaler)")
+    compile: str = knob("auto", "auto | True | False: torch.compile")
+    backend: str = knob("auto", "torch.distributed backend: auto | nccl | gloo")
+
+    @property
+    def tokens_per_step(self):
+        return self.total_batch_size * self.block_size
+
+    @property
+    def tokens_per_hessian(self):
+        """B of the paper: labels behind one Hessian estimate."""
+        return self.hessian_batch_size * self.block_size
+
+    @property
+    def data_dir(self):
+        inside = os.path.join(ROOT, "data", self.dataset)
+        return self.dataset if os.sep in self.dataset else inside
+
+    @property
+    def group(self):
+        """wandb group: what runs must share to be worth overlaying."""
+        name = os.path.basename(os.path.normpath(self.dataset))
+        return f"{name}-{self.n_layer}x{self.n_embd}-{self.block_size}"
+
+
+FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
+TYPES = typing.get_type_hints(TrainConfig)
+
+
+def _allowed(name):
+    """Types that a knob takes, e.g. (float, NoneType)."""
+    return typing.get_args(TYPES[name]) or (TYPES[name],)
+
+
+def _type_name(name):
+    return " or ".join("None" if t is types.NoneType else t.__name__ for t in _allowed(name))
+
+
+def _check_known(name, where):
+    if name not in FIELDS:
+        near = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else "see python train.py --help"
+        raise UserError(f"{where}: unknown setting {name}; {hint}")
+
+
+def _checked(name, value, where):
+    """value, as the type of the knob; an int is fine for a float, True for compile='True'."""
+    allowed = _allowed(name)
+    if name == "compile" and isinstance(value, bool):
+        return str(value)
+    if float in allowed and type(value) is int:
+        value = float(value)
+    if type(value) not in allowed:
+        raise UserError(f"{where}: {name} takes {_type_name(name)}, got {value!r}")
+    if type(value) is float and not math.isfinite(value):
+        raise UserError(f"{where}: {name} must be finite, got {value}")
+    return value
+
+
+def _parsed(name, text, where):
+    """The value of --name=text. Nothing is evaluated."""
+    allowed = _allowed(name)
+    if types.NoneType in allowed and text in ("None", "none"):
+        return None
+    for kind in allowed:
+        if kind is bool and text in ("True", "true", "False", "false"):
+            return text in ("True", "true")
+        if kind is str:
+            return text.capitalize() if name == "compile" and text in ("true", "false") else text
+        if kind in (int, float):
+            try:
+                return _checked(name, kind(text), where)
+            except ValueError:
+                continue
+    raise UserError(f"{where}: {name} takes {_type_name(name)}, got {text!r}")
+
+
+def _read_file(path):
+    """The settings that a config file assigns."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            source = file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a UTF-8 text file"
+        raise UserError(f"cannot read config file {path}: {reason}") from None
+    namespace = {"__file__": path}
+    try:
+        exec(compile(source, path, "exec"), namespace)
+    except Exception as error:   # the user's own code: whatever it raises is theirs to read
+        line = getattr(error, "lineno", None)
+        trace = error.__traceback__
+        while trace is not None:
+            line = trace.tb_lineno if trace.tb_frame.f_code.co_filename == path else line
+            trace = trace.tb_next
+        raise UserError(f"{path}, line {line}: {type(error).__name__}: {error}") from None
+    ignored = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
+    settings = {}
+    for name, value in namespace.items():
+        if name.startswith("_") or isinstance(value, ignored):
+            continue
+        _check_known(name, path)
+        settings[name] = _checked(name, value, path)
+    return settings
+
+
+def help_text():
+    """The table of knobs."""
+    lines = ["python train.py [config/file.py ...] [--key=value ...]   (in order, later wins)", ""]
+    for name, f in FIELDS.items():
+        default = "" if f.default is None else f.default
+        lines.append(f"  {name:32}{default!s:14}{f.metadata['meaning']}")
+    return "\n".join(lines)
+
+
+def load_config(argv, world_size=1):
+    """
+    TrainConfig from command-line words: config files and --key=value, in order, later wins.
+    world_size: ranks that share total_batch_size. Raises UserError before anything is allocated;
+    --help prints the knobs and leaves.
+    """
+    settings = {}
+    for word in argv:
+        if word in ("--help", "-h"):
+            print(help_text())
+            sys.exit(0)
+        if word.startswith("--"):
+            name, equals, text = word[2:].partition("=")
+            _check_known(name, "command line")
+            if not equals:
+                raise UserError(f"command line: write --{name}=VALUE")
+            settings[name] = _parsed(name, text, "command line")
+        else:
+            settings.update(_read_file(word))
+    return resolve(TrainConfig(**settings), world_size)
+
+
+def resolve(cfg, world_size=1):
+    """Fill in what depends on other settings and reject what cannot work."""
+    choices = dict(optimizer=tuple(OPTIMIZER_DEFAULTS), device=("auto", "cuda", "mps", "cpu"),
+                   dtype=("auto", "float32", "bfloat16", "float16"),
+                   compile=("auto", "True", "False"), backend=("auto", "nccl", "gloo"))
+    for name, allowed in choices.items():
+        value = getattr(cfg, name)
+        if value not in allowed:
+            raise UserError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+    derived = dict(OPTIMIZER_DEFAULTS[cfg.optimizer], min_lr=cfg.learning_rate / 10,
+                   lr_decay_iters=cfg.max_iters,
+                   hessian_batch_size=math.ceil(cfg.total_batch_size / 2 / world_size) * world_size,
+                   wandb_run_name=os.path.basename(os.path.normpath(cfg.out_dir)))
+    cfg = dataclasses.replace(
+        cfg, **{name: v for name, v in derived.items() if getattr(cfg, name) is None})
+    for name in ("eval_interval", "log_interval", "batch_size", "total_batch_size", "block_size",
+                 "n_layer", "n_head", "n_embd", "hessian_interval", "hessian_batch_size"):
+        if getattr(cfg, name) < 1:
+            raise UserError(f"{name} must be at least 1, got {getattr(cfg, name)}")
+    for name in ("seed", "eval_iters", "max_iters", "warmup_iters", "learning_rate", "min_lr",
+                 "weight_decay", "grad_clip", "rho"):
+        if getattr(cfg, name) < 0:
+            raise UserError(f"{name} must not be negative, got {getattr(cfg, name)}")
+    for name in ("dropout", "beta1", "beta2"):
+        if not 0 <= getattr(cfg, name) < 1:
+            raise UserError(f"{name} must be in [0, 1), got {getattr(cfg, name)}")
+    if cfg.n_embd % cfg.n_head:
+        raise UserError(f"n_embd={cfg.n_embd} is not divisible by n_head={cfg.n_head}")
+    if cfg.total_batch_size % (cfg.batch_size * world_size):
+        ranks = f" x {world_size} ranks" if world_size > 1 else ""
+        raise UserError(f"total_batch_size={cfg.total_batch_size} is not divisible by "
+                        f"batch_size={cfg.batch_size}{ranks}; change either")
+    if cfg.hessian_batch_size % world_size:
+        raise UserError(f"hessian_batch_size={cfg.hessian_batch_size} is not divisible by "
+                        f"{world_size} ranks")
+    if cfg.warmup_iters > cfg.lr_decay_iters and cfg.decay_lr:
+        raise UserError(f"warmup_iters={cfg.warmup_iters} is more than the {cfg.lr_decay_iters} "
+                        f"steps of the schedule (lr_decay_iters, by default max_iters)")
+    if cfg.min_lr > cfg.learning_rate:
+        raise UserError(f"min_lr={cfg.min_lr} is above learning_rate={cfg.learning_rate}")
+    return cfg
+
+
+def to_json(cfg):
+    return json.dumps(dataclasses.asdict(cfg), indent=2) + "\n"

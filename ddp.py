@@ -1,0 +1,176 @@
+"""
+Ranks: who this process is, which device it has, and the few things that ranks tell each other.
+One process without torchrun is a world of one rank, and every function here works there too.
+"""
+import os
+import shutil
+import signal
+import sysconfig
+from dataclasses import dataclass
+from datetime import timedelta
+from importlib.util import find_spec
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from configurator import UserError
+
+TIMEOUT = timedelta(minutes=30)   # a rank that waits longer than this for the others gives up
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+
+def world_size():
+    """Ranks of this job, known from the environment before anything is set up."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def restarted():
+    """Whether torchrun started this process again after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def join(device="auto", backend="auto"):
+    """
+    Choose this rank's device and join the process group, if there is one. device: auto | cuda |
+    mps | cpu; backend: auto | nccl | gloo. With CUDA the group has gloo beside nccl, so that ranks
+    can agree on a CPU tensor without waiting for the device. Raises UserError.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+                 "cpu": True}
+    kind = next(k for k in available if available[k]) if device == "auto" else device
+    if not available[kind]:
+        raise UserError(f"device={kind} is not available on this machine; use --device=auto")
+    if backend == "nccl" and kind != "cuda":
+        raise UserError(f"backend=nccl needs CUDA, this rank has {kind}; use --backend=auto")
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if kind == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} here; "
+                            f"lower torchrun's --nproc_per_node")
+        torch.cuda.set_device(local_rank)
+        torch.set_float32_matmul_precision("high")   # TF32 where autocast leaves float32
+    chosen = torch.device("cuda", local_rank) if kind == "cuda" else torch.device(kind)
+    if world_size() == 1:
+        return World(0, 1, chosen)
+    if kind == "mps":
+        raise UserError("several ranks on mps are not supported by PyTorch; use --device=cpu")
+    on_gpu = kind == "cuda" and backend != "gloo"
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=TIMEOUT,
+                            device_id=chosen if on_gpu else None)
+    return World(dist.get_rank(), dist.get_world_size(), chosen)
+
+
+def say(text):
+    """Print on rank 0 alone."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(text, flush=True)
+
+
+def leave():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def pick_dtype(dtype, device):
+    """The autocast dtype: 'auto' is bfloat16 where the GPU has it, else float32."""
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def pick_compile(setting, device):
+    """
+    None to compile, else why not. 'auto' compiles where the toolchain is there: Triton for CUDA, a
+    C++ compiler and Python's headers for the CPU. Raises UserError if 'True' cannot be.
+    """
+    if setting == "False":
+        return "compile=False"
+    reason = None
+    if device.type == "cuda":
+        reason = None if find_spec("triton") else "Triton is not installed"
+    elif device.type == "cpu":
+        header = os.path.join(sysconfig.get_paths()["include"], "Python.h")
+        if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
+            reason = "there is no C++ compiler"
+        elif not os.path.exists(header):
+            reason = "Python's headers are not installed"
+    else:
+        reason = f"torch.compile is not used on {device.type}"
+    if reason and setting == "True":
+        raise UserError(f"compile=True is not possible: {reason}")
+    return reason
+
+
+def mean(value):
+    """Mean over ranks of a 0-dim tensor, in place on its device."""
+    if dist.is_initialized():
+        dist.all_reduce(value)
+        value /= dist.get_world_size()
+    return value
+
+
+def total(values):
+    """Sum over ranks of a tensor, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def largest(number):
+    """Largest of the ranks' numbers. Exchanged on the CPU: the device is not waited for."""
+    if not dist.is_initialized():
+        return number
+    value = torch.tensor(number)
+    dist.all_reduce(value, dist.ReduceOp.MAX)
+    return value.item()
+
+
+def from_main(value):
+    """Rank 0's value, a small Python object, on every rank."""
+    if dist.is_initialized():
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        value = box[0]
+    return value
+
+
+def seed_step(seed, step, rank):
+    """
+    Seed dropout as a function of (seed, step, rank): a resumed run draws what the uninterrupted one
+    would have drawn, and there is no generator state to keep.
+    """
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
+
+
+class StopSignal:
+    """
+    SIGTERM, SIGINT and SIGUSR1 (Slurm's warning) ask for a stop after the step under way; a second
+    SIGINT interrupts at once.
+    """
+
+    def __init__(self):
+        self.name = None
+        for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+            if hasattr(signal, name):   # Windows has no SIGUSR1
+                signal.signal(getattr(signal, name), self._on_signal)
+
+    def _on_signal(self, number, frame):
+        self.name = signal.Signals(number).name
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def seen_by_any_rank(self):
+        """Whether any rank has been asked: all must leave after the same step."""
+        return largest(int(self.name is not None)) > 0

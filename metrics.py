@@ -1,0 +1,183 @@
+"""
+Metrics: one record -> a console line, a line of metrics.jsonl, wandb. Also what accumulates between
+two log lines: clipped steps, time, the first step that was not finite.
+"""
+import json
+import os
+import subprocess
+import time
+from dataclasses import asdict
+from datetime import timedelta
+
+import torch
+
+import ddp
+from checkpoint import write_atomically
+from configurator import ROOT, UserError
+
+# Dense bfloat16/float16 tensor-core peaks in FLOP/s, from NVIDIA's data sheets.
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12,
+              "RTX 4090": 165e12, "V100": 125e12, "T4": 65e12}
+
+
+def peak_flops(device, dtype):
+    """Peak FLOP/s of the device in dtype, or None where it is not known."""
+    if device.type != "cuda" or dtype == torch.float32:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+def git_commit():
+    """The commit of this code, '-dirty' if it was changed since, or None outside a repository."""
+    try:
+        words = ["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=40"]
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+class Metrics:
+    """
+    Lives on every rank, since finiteness and clipping are counted on each device; only rank 0
+    writes. state: what state_dict() gave at the step the run resumes from, else None.
+    """
+
+    def __init__(self, cfg, world, flops_per_token, peak, state=None, step=0):
+        self.cfg, self.world = cfg, world
+        self.flops_per_token, self.peak = flops_per_token, peak
+        state = state or {"clipped": 0, "seconds": 0.0, "wandb_id": None}
+        self.clipped = torch.tensor(float(state["clipped"]), device=world.device)
+        self.bad_step = torch.zeros((), dtype=torch.int64, device=world.device)
+        self.seconds = state["seconds"]       # in training steps, of all sessions of the run
+        self.wandb_id = state["wandb_id"]
+        self.started_at = None
+        self.logged = (step, self.seconds)    # at the last log line
+        self.first = self.logged              # at the start of this session
+        self.file = self.wandb = None
+        if world.is_main and not cfg.eval_only:
+            self._open(step)
+
+    def _open(self, step):
+        path = os.path.join(self.cfg.out_dir, "metrics.jsonl")
+        # Records after the checkpoint that a run resumes from will be made again.
+        kept = [json.dumps(r) + "\n" for r in read_metrics(path) if r["iter"] <= step] if step else []
+        write_atomically(path, lambda file: file.write("".join(kept).encode()))
+        self.file = open(path, "a", encoding="utf-8")
+        if self.cfg.wandb_log:
+            self._open_wandb()
+
+    def _open_wandb(self):
+        import wandb   # imported only when asked for: it is slow to import
+        try:
+            self.wandb = wandb.init(
+                project=self.cfg.wandb_project, name=self.cfg.wandb_run_name, group=self.cfg.group,
+                dir=self.cfg.out_dir, id=self.wandb_id, resume="allow",
+                config={**asdict(self.cfg), "git_commit": git_commit()})
+        except wandb.Error as error:
+            raise UserError(f"wandb: {str(error).splitlines()[0]}; run wandb login, or set "
+                            f"WANDB_MODE=offline") from None
+        self.wandb_id = self.wandb.id
+        # A resumed run repeats the steps after its checkpoint, which wandb's own counter would
+        # refuse: chart against iter instead.
+        self.wandb.define_metric("iter")
+        self.wandb.define_metric("*", step_metric="iter")
+
+    def state_dict(self):
+        return {"clipped": int(self.clipped), "seconds": self.seconds, "wandb_id": self.wandb_id}
+
+    def start_clock(self):
+        """Count the time from now on as training; does nothing while it already is."""
+        self.started_at = self.started_at or time.perf_counter()
+
+    def stop_clock(self):
+        now = time.perf_counter()
+        self.seconds += now - (self.started_at or now)
+        self.started_at = None
+
+    def observe(self, step, loss, grad_norm, norm_must_be_finite=True):
+        """Count, on the device, a clipped step, and note the first that is not finite."""
+        if self.cfg.grad_clip:
+            self.clipped += grad_norm > self.cfg.grad_clip
+        self.check_later(step, loss + grad_norm if norm_must_be_finite else loss)
+
+    def check_later(self, step, value):
+        """Have check_finite report `step` if value, a 0-dim tensor, is not finite."""
+        self.bad_step += (~torch.isfinite(value) & (self.bad_step == 0)) * step
+
+    def check_finite(self):
+        """Raise UserError on every rank if a value on any was not finite. Waits for the device."""
+        step = ddp.largest(int(self.bad_step))
+        if step:
+            raise UserError(f"loss or gradient is not finite at step {step}. Earlier checkpoints in "
+                            f"{self.cfg.out_dir} are intact: resume with a lower learning_rate, or "
+                            f"start again with more warmup_iters or another seed")
+
+    def log_step(self, step, loss, lr, grad_norm, statistics):
+        """Record a training step. loss: this rank's mean, 0-dim; statistics: 0-dim tensors by name.
+        Every rank calls this; it is the loop's only wait for the device."""
+        self.check_finite()
+        tensors = {"train/loss": ddp.mean(loss), "grad_norm": grad_norm,
+                   "train/clip_rate": self.clipped / self.cfg.log_interval, **statistics}
+        values = torch.stack([t.float() for t in tensors.values()]).tolist()
+        self.clipped.zero_()
+        self.stop_clock()
+        self.start_clock()
+        steps, seconds = step - self.logged[0], self.seconds - self.logged[1]
+        rate = steps * self.cfg.tokens_per_step / max(seconds, 1e-9)
+        self.logged = (step, self.seconds)
+        record = {**dict(zip(tensors, values)), "lr": lr, "tokens_per_sec": rate}
+        if self.peak:
+            record["mfu"] = rate * self.flops_per_token / (self.peak * self.world.size)
+        pace = (self.seconds - self.first[1]) / (step - self.first[0])
+        left = timedelta(seconds=round(pace * (self.cfg.max_iters - step)))
+        parts = [f"step {step}/{self.cfg.max_iters}", f"loss {record['train/loss']:.4f}",
+                 f"lr {lr:.2e}"]
+        if "train/win_rate" in record:
+            parts.append(f"win_rate {record['train/win_rate']:.3f}")
+        parts += [f"grad_norm {record['grad_norm']:.2f}", f"{rate:,.0f} tok/s"]
+        if "mfu" in record:
+            parts.append(f"mfu {record['mfu']:.1%}")
+        self._write(step, record, " | ".join(parts + [f"eta {left}"]))
+
+    def log_eval(self, step, val_loss, stderr):
+        self._write(step, {"val/loss": val_loss, "val/loss_stderr": stderr},
+                    f"step {step}/{self.cfg.max_iters} | val loss {val_loss:.4f} +- {stderr:.4f}")
+
+    def _write(self, step, record, line):
+        if not self.world.is_main:
+            return
+        print(line, flush=True)
+        if not self.file:   # eval_only
+            return
+        record = {"iter": step, "tokens": step * self.cfg.tokens_per_step,
+                  "seconds": round(self.seconds, 3), **record}
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+        if self.wandb:
+            self.wandb.log(record)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, error_type, error, trace):
+        if self.file:
+            self.file.close()
+        if self.wandb:
+            self.wandb.finish(exit_code=0 if error is None else 1)
+
+
+def read_metrics(path):
+    """Records of a metrics.jsonl. A last line that a crash left half-written is passed over."""
+    if not os.path.exists(path):
+        return []
+    records = []
+    with open(path, encoding="utf-8") as file:
+        lines = file.read().splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):
+                raise UserError(f"{path}, line {number} is damaged") from None
+    return records

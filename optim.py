@@ -1,0 +1,72 @@
+"""
+Which optimizer, over which parameters, at which learning rate. The only place that knows an
+optimizer by name.
+"""
+import math
+
+import torch
+import torch.nn as nn
+
+from lion import Lion
+from sophia import SophiaG
+
+STATE_TENSORS = {"sophiag": 2, "adamw": 2, "lion": 1}   # of a parameter's size, for memory
+
+
+def parameter_groups(model, weight_decay):
+    """
+    Two groups: weights of Linear layers, which decay, and all others, which do not: embeddings (the
+    tied head is one), LayerNorm, biases.
+    """
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)} - embeddings
+    params = [p for p in model.parameters() if p.requires_grad]
+    return [{"params": [p for p in params if id(p) in linear], "weight_decay": weight_decay},
+            {"params": [p for p in params if id(p) not in linear], "weight_decay": 0.0}]
+
+
+def make_optimizer(cfg, model):
+    """The optimizer that cfg names, over model's parameters where they now are."""
+    groups = parameter_groups(model, cfg.weight_decay)
+    common = dict(lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2))
+    if cfg.optimizer == "sophiag":
+        return SophiaG(groups, **common, rho=cfg.rho, bs=cfg.tokens_per_hessian)
+    if cfg.optimizer == "lion":
+        return Lion(groups, **common)
+    return torch.optim.AdamW(groups, **common, fused=True)
+
+
+def hessian_due(step, cfg):
+    """Whether a Hessian estimate follows update number `step`, counted from 1."""
+    return cfg.optimizer == "sophiag" and step % cfg.hessian_interval == 0
+
+
+def lr_at(step, cfg):
+    """
+    Learning rate of update number `step`, counted from 0: linear warmup that never starts at zero,
+    then a cosine to min_lr at lr_decay_iters, constant after it.
+    """
+    if step < cfg.warmup_iters:
+        return cfg.learning_rate * (step + 1) / (cfg.warmup_iters + 1)
+    if not cfg.decay_lr:
+        return cfg.learning_rate
+    if step >= cfg.lr_decay_iters:
+        return cfg.min_lr
+    progress = (step - cfg.warmup_iters) / (cfg.lr_decay_iters - cfg.warmup_iters)
+    return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (cfg.learning_rate - cfg.min_lr)
+
+
+@torch.no_grad()
+def statistics(optimizer):
+    """
+    Norms of parameters, momentum and Hessian, and SophiaG's win_rate, as far as the optimizer has
+    them: {name: 0-dim tensor on the device}. Nothing here waits for the device.
+    """
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    tensors = {"param_norm": params}
+    for name, key in ("momentum_norm", "exp_avg"), ("hessian_norm", "hessian"):
+        tensors[name] = [s[key] for s in optimizer.state.values() if key in s]
+    found = {name: torch.stack(torch._foreach_norm(ts)).norm() for name, ts in tensors.items() if ts}
+    if isinstance(optimizer, SophiaG):
+        found["train/win_rate"] = optimizer.win_rate()
+    return found

@@ -1,0 +1,83 @@
+"""
+Text from a trained model.
+
+    python sample.py out/quickstart-sophiag --prompt="def "
+    python sample.py out/run/ckpt_00010000.pt --prompt=FILE:prompt.txt --num_samples=5 --top_k=50
+"""
+import argparse
+import os
+import time
+
+import torch
+
+import checkpoint
+import ddp
+from configurator import UserError, run_script
+from model import GPT, GPTConfig
+from tokenizer import get_tokenizer
+
+
+def best_checkpoint(run):
+    """Path of the checkpoint to sample from: run itself if a file, else the run's best."""
+    if not os.path.isdir(run):
+        return run
+    newest, messages = checkpoint.newest_good(run)
+    for message in messages:
+        print(message)
+    if newest is None:
+        raise UserError(f"no checkpoint in {run}")
+    best = checkpoint.path_of(run, checkpoint.load(newest)["best_step"])
+    return best if os.path.exists(best) else newest
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="run directory (its best checkpoint) or checkpoint file")
+    parser.add_argument("--prompt", default="", help="text to continue, or FILE:path; empty: a new "
+                        "document")
+    parser.add_argument("--num_samples", type=int, default=3)
+    parser.add_argument("--max_new_tokens", type=int, default=500)
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: greedy")
+    parser.add_argument("--top_k", type=int, default=200, help="0: no limit")
+    parser.add_argument("--seed", type=int, default=1337)
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    args = parser.parse_args(argv)
+    if args.num_samples < 1 or args.max_new_tokens < 1 or args.temperature < 0 or args.top_k < 0:
+        raise UserError("num_samples and max_new_tokens must be at least 1, temperature and top_k "
+                        "not negative")
+    prompt = args.prompt
+    if prompt.startswith("FILE:"):
+        try:
+            with open(prompt[5:], encoding="utf-8") as file:
+                prompt = file.read()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read {prompt[5:]}: {error}") from None
+
+    path = best_checkpoint(args.run)
+    saved = checkpoint.load(path)
+    tokenizer = get_tokenizer(saved["tokenizer"])
+    device = ddp.join(args.device).device
+    model = GPT(GPTConfig(**saved["model_args"]))
+    model.load_state_dict(saved["model"])
+    model.eval().to(device)
+    print(f"{path}: {model.num_params() / 1e6:.2f}M parameters, step {saved['step']}")
+
+    # An empty prompt is the start of a document: what follows an end of text.
+    ids = tokenizer.encode(prompt) or [tokenizer.eot_id]
+    idx = torch.tensor([ids] * args.num_samples, device=device)
+    generator = torch.Generator(device).manual_seed(args.seed)
+    started = time.perf_counter()
+    out = model.generate(idx, args.max_new_tokens, args.temperature, args.top_k or None,
+                         tokenizer.eot_id, generator)
+    seconds = time.perf_counter() - started
+    for row in out.tolist():
+        print("-" * 80)
+        print(tokenizer.decode(row))
+    new = out[:, len(ids):].numel()
+    print("-" * 80)
+    print(f"{new} tokens in {seconds:.1f} s")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,258 @@
+"""
+Pretrain GPT-2 with SophiaG, AdamW or Lion: one loop for all of them.
+
+    python train.py config/quickstart_sophiag.py
+    torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_small_sophiag.py
+    python train.py --help
+
+SIGTERM, SIGINT or SIGUSR1 finish the step, save and leave; --init_from=resume goes on from there.
+"""
+import math
+import os
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+
+import torch
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+import checkpoint
+import ddp
+from configurator import UserError, load_config, run_script, to_json
+from dataloader import DataLoader
+from metrics import Metrics, peak_flops
+from model import GPT, GPTConfig
+from optim import STATE_TENSORS, hessian_due, lr_at, make_optimizer, statistics
+
+MODEL_KNOBS = ("n_layer", "n_head", "n_embd", "bias", "scale_attn_by_inverse_layer_idx")
+# A resumed run with another of these would be another run.
+FIXED_KNOBS = (*MODEL_KNOBS, "block_size", "optimizer", "seed", "total_batch_size", "dataset")
+
+
+def next_token_loss(model, x, y):
+    return model(x, targets=y)
+
+
+def sampled_label_loss(model, x, noise):
+    return model(x, label_noise=noise)
+
+
+def accumulate_gradients(model, x, y, loss_fn, batch_size, autocast, scaler):
+    """
+    Leave in .grad the gradient of the mean loss over (x, y) and all ranks, times the scaler's scale.
+    Micro-batches of batch_size sequences; ranks exchange gradients in the last. Returns the mean
+    loss over this rank's sequences, 0-dim, on the device.
+    """
+    mean_loss = torch.zeros((), device=x.device)
+    micro_batches = list(zip(x.split(batch_size), y.split(batch_size)))
+    for i, (x_micro, y_micro) in enumerate(micro_batches):
+        exchange = i == len(micro_batches) - 1 or not isinstance(model, DDP)
+        with nullcontext() if exchange else model.no_sync():
+            with autocast:
+                loss = loss_fn(model, x_micro, y_micro)
+            loss = loss * (len(x_micro) / len(x))   # the last micro-batch may be smaller
+            scaler.scale(loss).backward()
+        mean_loss += loss.detach()
+    return mean_loss
+
+
+def clip_gradients(model, optimizer, scaler, grad_clip):
+    """Scale .grad so that its norm is at most grad_clip (0: leave it); returns the norm before."""
+    scaler.unscale_(optimizer)
+    return torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+
+
+@torch.no_grad()
+def evaluate(raw_model, data, autocast):
+    """Mean loss over the evaluation windows of all ranks, and its standard error."""
+    raw_model.eval()
+    losses = []
+    for x, y in data.val():
+        with autocast:
+            losses.append(raw_model.token_losses(x, y).float().mean(dim=1))
+    raw_model.train()
+    windows = torch.cat(losses).cpu().double() if losses else torch.zeros(0, dtype=torch.double)
+    sums = torch.stack([torch.tensor(float(len(windows))), windows.sum(), windows.square().sum()])
+    count, total, squares = ddp.total(sums.double()).tolist()
+    variance = max(squares / count - (total / count) ** 2, 0.0)
+    return total / count, math.sqrt(variance / max(count - 1, 1))
+
+
+def find_start(cfg):
+    """
+    What the run starts from: None (scratch), a whole checkpoint (resume) or only its model
+    (finetune). Rank 0 looks and every rank loads the same file. Raises UserError.
+    """
+    if cfg.init_from in ("resume", "auto") or (cfg.init_from == "scratch" and ddp.restarted()):
+        path, messages = ddp.from_main(checkpoint.newest_good(cfg.out_dir))
+        for message in messages:
+            ddp.say(message)
+        if path is None:
+            if cfg.init_from == "resume":
+                raise UserError(f"no checkpoint to resume from in {cfg.out_dir}; start one with "
+                                f"--init_from=scratch (or auto)")
+            return None
+        start = checkpoint.load(path)
+        for name in FIXED_KNOBS:
+            if start["config"].get(name) != getattr(cfg, name):
+                raise UserError(f"{path} was made with {name}={start['config'].get(name)!r}, not "
+                                f"{getattr(cfg, name)!r}; choose another --out_dir")
+        ddp.say(f"resuming from {path}")
+        return start
+    if not cfg.eval_only:
+        checkpoint.check_unused(cfg.out_dir)
+    if cfg.init_from == "scratch":
+        return None
+    source = cfg.init_from
+    if os.path.isdir(source):
+        source, _ = ddp.from_main(checkpoint.newest_good(source))
+        if source is None:
+            raise UserError(f"no checkpoint in {cfg.init_from}")
+    ddp.say(f"finetuning {source}")
+    start = checkpoint.load(source)
+    return {"model": start["model"], "model_args": start["model_args"]}
+
+
+def build_model(cfg, vocab_size, start):
+    """The GPT on the CPU, so that its initial weights depend on the seed alone; start's weights if
+    there are any. Raises UserError if they do not fit cfg or the data."""
+    torch.manual_seed(cfg.seed)
+    if start is None:
+        shape = {name: getattr(cfg, name) for name in MODEL_KNOBS}
+        return GPT(GPTConfig(vocab_size, cfg.block_size, dropout=cfg.dropout, **shape))
+    args = GPTConfig(**start["model_args"])
+    for name in MODEL_KNOBS:
+        if getattr(args, name) != getattr(cfg, name):
+            raise UserError(f"init_from has {name}={getattr(args, name)}, this run "
+                            f"{getattr(cfg, name)}; pass --{name}={getattr(args, name)}")
+    if args.vocab_size != vocab_size:
+        raise UserError(f"init_from has a vocabulary of {args.vocab_size}, {cfg.dataset} one of "
+                        f"{vocab_size}")
+    model = GPT(replace(args, dropout=cfg.dropout))
+    model.load_state_dict(start["model"])
+    if cfg.block_size != args.block_size:
+        model.crop_block_size(cfg.block_size)
+    return model
+
+
+def describe(cfg, world, data, model, dtype, compile_reason):
+    """Print what is about to run: every number that decides what the optimizer sees."""
+    steps = cfg.total_batch_size // (cfg.batch_size * world.size)
+    epochs = cfg.max_iters * cfg.total_batch_size / data.windows
+    state_bytes = 4 * model.num_params() * (2 + STATE_TENSORS[cfg.optimizer])
+    batch = (f"{cfg.total_batch_size} sequences = {cfg.tokens_per_step:,} tokens a step = "
+             f"{world.size} rank{'s' * (world.size > 1)} x batch_size {cfg.batch_size} x {steps} "
+             f"micro-step{'s' * (steps > 1)}")
+    if hessian_due(cfg.hessian_interval, cfg):
+        batch += (f"; Hessian: {cfg.hessian_batch_size} sequences every {cfg.hessian_interval} "
+                  f"steps")
+    compiled = "compiled" if compile_reason is None else f"eager ({compile_reason})"
+    ddp.say(f"data: {cfg.data_dir}, {data.tokens.count:,} training tokens, {data.meta['tokenizer']} "
+            f"tokenizer; {cfg.max_iters} steps are {epochs:.2f} epochs\n"
+            f"batch: {batch}\n"
+            f"model: {model.num_params() / 1e6:.2f}M parameters, "
+            f"{model.flops_per_token() / 1e9:.3f} GFLOP a token; weights, gradients and "
+            f"{cfg.optimizer} state take {state_bytes / 1e9:.2f} GB a rank\n"
+            f"machine: {world.device.type}, {str(dtype).removeprefix('torch.')}, {compiled}")
+
+
+def main(argv):
+    cfg = load_config(argv, ddp.world_size())
+    world = ddp.join(cfg.device, cfg.backend)
+    device = world.device
+    dtype = ddp.pick_dtype(cfg.dtype, device)
+    compile_reason = ddp.pick_compile(cfg.compile, device)
+    data = DataLoader(cfg, world)
+    start = find_start(cfg)
+    resumed = start if start is not None and "optimizer" in start else None
+
+    raw_model = build_model(cfg, data.meta["vocab_size"], start).to(device)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    optimizer = make_optimizer(cfg, raw_model)
+    step, best_step, best_val_loss = 0, 0, float("inf")
+    if resumed is not None:
+        optimizer.load_state_dict(resumed["optimizer"])
+        scaler.load_state_dict(resumed["scaler"])
+        step = resumed["step"]
+        best_step, best_val_loss = resumed["best_step"], resumed["best_val_loss"]
+    model = torch.compile(raw_model, dynamic=False) if compile_reason is None else raw_model
+    if world.size > 1:
+        model = DDP(model, device_ids=[device] if device.type == "cuda" else None,
+                    gradient_as_bucket_view=True)
+
+    def save():
+        metrics.check_finite()   # on every rank: nothing broken is ever written
+        state = metrics.state_dict()
+        if world.is_main:
+            checkpoint.save(cfg.out_dir, {
+                "model": raw_model.state_dict(), "model_args": asdict(raw_model.config),
+                "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "step": step,
+                "best_step": best_step, "best_val_loss": best_val_loss, "metrics": state,
+                "config": asdict(cfg), "tokenizer": data.meta["tokenizer"]}, best_step)
+
+    describe(cfg, world, data, raw_model, dtype, compile_reason)
+    if world.is_main and not cfg.eval_only:
+        checkpoint.write_config(cfg.out_dir, to_json(cfg))
+    stop = ddp.StopSignal()
+    metrics = Metrics(cfg, world, raw_model.flops_per_token(), peak_flops(device, dtype),
+                      resumed and resumed["metrics"], step)
+    with metrics:
+        while True:
+            finished = step >= cfg.max_iters
+            stopping = stop.seen_by_any_rank()
+            evaluated = resumed is not None and step == resumed["step"] and not cfg.eval_only
+            if (step % cfg.eval_interval == 0 or finished or cfg.eval_only) and not evaluated:
+                metrics.stop_clock()
+                val_loss, stderr = evaluate(raw_model, data, autocast)
+                metrics.log_eval(step, val_loss, stderr)
+                if cfg.eval_only:
+                    break
+                if val_loss < best_val_loss:
+                    best_step, best_val_loss = step, val_loss
+                if step > 0:
+                    save()
+            elif stopping and not evaluated:
+                save()
+            if finished or stopping:
+                break
+            metrics.start_clock()
+
+            lr = lr_at(step, cfg)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            ddp.seed_step(cfg.seed, step, world.rank)
+            x, y = data.train(step)
+            optimizer.zero_grad(set_to_none=True)
+            loss = accumulate_gradients(model, x, y, next_token_loss, cfg.batch_size, autocast,
+                                        scaler)
+            grad_norm = clip_gradients(raw_model, optimizer, scaler, cfg.grad_clip)
+            scaler.step(optimizer)
+            scaler.update()
+            step += 1
+            metrics.observe(step, loss, grad_norm, norm_must_be_finite=not scaler.is_enabled())
+
+            if hessian_due(step, cfg):
+                x, noise = data.hessian(step // cfg.hessian_interval - 1)
+                optimizer.zero_grad(set_to_none=True)
+                accumulate_gradients(model, x, noise, sampled_label_loss, cfg.batch_size, autocast,
+                                     scaler)
+                norm = clip_gradients(raw_model, optimizer, scaler, cfg.grad_clip)
+                if not scaler.is_enabled():
+                    metrics.check_later(step, norm)
+                    optimizer.update_hessian()
+                elif torch.isfinite(norm):   # float16 overflow: the scaler skips, so does h
+                    optimizer.update_hessian()
+                scaler.update()
+
+            if step % cfg.log_interval == 0:
+                metrics.log_step(step, loss, lr, grad_norm, statistics(optimizer))
+    if stopping and not finished:
+        ddp.say(f"stopped by a signal after step {step}; go on with --init_from=resume")
+    elif not cfg.eval_only:
+        ddp.say(f"finished at step {step}: best val loss {best_val_loss:.4f} at step {best_step}. "
+                f"Text from it: python sample.py {cfg.out_dir}")
+    ddp.leave()
+
+
+if __name__ == "__main__":
+    run_script(main)

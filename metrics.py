@@ -68,7 +68,7 @@ class Metrics:
             self._open_wandb()
 
     def _open_wandb(self):
-        import wandb   # imported only when asked for: it is slow to import
+        import wandb  # imported only when asked for: it is slow to import
         try:
             self.wandb = wandb.init(
                 project=self.cfg.wandb_project, name=self.cfg.wandb_run_name, group=self.cfg.group,

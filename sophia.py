@@ -63,14 +63,14 @@ class SophiaG(Optimizer):
 
     def __init__(self, params, lr=1e-4, betas=(0.965, 0.99), rho=0.04, weight_decay=1e-1, *,
                  bs=None, maximize=False, capturable=False):
-        if not 0.0 <= lr:
+        if not lr >= 0.0:
             raise ValueError(f"Invalid learning rate: {lr}")
         for i, beta in enumerate(betas):
             if not 0.0 <= beta < 1.0:
                 raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
-        if not 0.0 <= rho:
+        if not rho >= 0.0:
             raise ValueError(f"Invalid rho parameter: {rho}")
-        if not 0.0 <= weight_decay:
+        if not weight_decay >= 0.0:
             raise ValueError(f"Invalid weight_decay value: {weight_decay}")
         if bs is not None and not bs > 0:
             raise ValueError(f"Invalid bs (labels in a Hessian batch): {bs}")

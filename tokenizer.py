@@ -20,7 +20,7 @@ class GPT2:
     name, vocab_size, eot_id = "gpt2", 50257, 50256
 
     def __init__(self):
-        import tiktoken   # not needed for bytes
+        import tiktoken  # not needed for bytes
         try:
             self.bpe = tiktoken.get_encoding("gpt2")
         except OSError as error:   # requests' errors are OSErrors

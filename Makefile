@@ -1,0 +1,31 @@
+# make quickstart: train the same small GPT with SophiaG and with AdamW, compare, sample.
+# make test:       the tests.
+PYTHON ?= python3
+PY = .venv/bin/python
+# Further settings for the quickstart's runs, e.g. make quickstart ARGS=--max_iters=100
+ARGS ?=
+
+.PHONY: quickstart test
+.DELETE_ON_ERROR:
+
+quickstart: .venv/installed data/pystdlib/meta.json
+	$(PY) train.py config/quickstart_sophiag.py --init_from=auto $(ARGS)
+	$(PY) train.py config/quickstart_adamw.py --init_from=auto $(ARGS)
+	$(PY) compare.py out/quickstart-sophiag out/quickstart-adamw
+	$(PY) sample.py out/quickstart-sophiag --prompt="def " --num_samples=2 --max_new_tokens=300
+
+test: .venv/installed-tests
+	$(PY) -m pytest -q
+
+data/pystdlib/meta.json: data/pystdlib/prepare.py data/tokenize_to_bin.py | .venv/installed
+	$(PY) data/pystdlib/prepare.py
+
+.venv/installed: requirements.txt
+	$(PYTHON) -c "import sys; sys.version_info >= (3, 11) or sys.exit('Python 3.11+ is needed, e.g. make PYTHON=python3.12')"
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --progress-bar=on -r requirements.txt
+	touch $@
+
+.venv/installed-tests: .venv/installed requirements-test.txt
+	$(PY) -m pip install -r requirements-test.txt
+	touch $@

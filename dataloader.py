@@ -80,8 +80,8 @@ class DataLoader:
     """
     Batches for one rank.
 
-    train(step) and hessian(update) give (x, y), (x, u) of this rank: x and y int64, u float32, all
-    (sequences of this rank, block_size), on the device. Rank r of n gets the r-th n-th of the batch.
+    train(step) and hessian(update) give (x, y) and (x, u) on the device: x, y int64, u float32, all
+    (sequences of this rank, block_size). Rank r of n gets the r-th n-th of the batch.
     """
 
     def __init__(self, cfg, world):

@@ -56,8 +56,8 @@ def join(device="auto", backend="auto"):
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if kind == "cuda":
         if local_rank >= torch.cuda.device_count():
-            raise UserError(f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} here; "
-                            f"lower torchrun's --nproc_per_node")
+            raise UserError(f"local rank {local_rank} has no GPU, there are "
+                            f"{torch.cuda.device_count()}; lower torchrun's --nproc_per_node")
         torch.cuda.set_device(local_rank)
         torch.set_float32_matmul_precision("high")   # TF32 where autocast leaves float32
     chosen = torch.device("cuda", local_rank) if kind == "cuda" else torch.device(kind)

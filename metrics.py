@@ -61,7 +61,8 @@ class Metrics:
     def _open(self, step):
         path = os.path.join(self.cfg.out_dir, "metrics.jsonl")
         # Records after the checkpoint that a run resumes from will be made again.
-        kept = [json.dumps(r) + "\n" for r in read_metrics(path) if r["iter"] <= step] if step else []
+        old = read_metrics(path) if step else []
+        kept = [json.dumps(r) + "\n" for r in old if r["iter"] <= step]
         write_atomically(path, lambda file: file.write("".join(kept).encode()))
         self.file = open(path, "a", encoding="utf-8")
         if self.cfg.wandb_log:
@@ -109,9 +110,9 @@ class Metrics:
         """Raise UserError on every rank if a value on any was not finite. Waits for the device."""
         step = ddp.largest(int(self.bad_step))
         if step:
-            raise UserError(f"loss or gradient is not finite at step {step}. Earlier checkpoints in "
-                            f"{self.cfg.out_dir} are intact: resume with a lower learning_rate, or "
-                            f"start again with more warmup_iters or another seed")
+            raise UserError(f"loss or gradient is not finite at step {step}; checkpoints before it "
+                            f"in {self.cfg.out_dir} are intact. Resume from there with a lower "
+                            f"learning_rate, or start again with more warmup_iters or another seed")
 
     def log_step(self, step, loss, lr, grad_norm, statistics):
         """Record a training step. loss: this rank's mean, 0-dim; statistics: 0-dim tensors by name.

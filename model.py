@@ -1,6 +1,6 @@
 """
-GPT-2: pre-LayerNorm, learned positions, tanh-GELU, head tied to the token embedding. Parameter names
-are nanoGPT's.
+GPT-2: pre-LayerNorm, learned positions, tanh-GELU, head tied to the token embedding. Parameters
+have nanoGPT's names.
 """
 import math
 from dataclasses import asdict, dataclass
@@ -111,9 +111,14 @@ class GPT(nn.Module):
             return F.linear(h, self.lm_head.weight)[..., :self.config.vocab_size]
         return self._head_loss(h, targets, label_noise)
 
+    @torch.no_grad()
     def token_losses(self, idx, targets):
-        """(B, T) cross-entropy of each token, for evaluation."""
-        return self._head_loss(self._hidden(idx), targets, None, "none").view_as(targets)
+        """(B, T) float32 cross-entropy of each token, for evaluation."""
+        h = self._hidden(idx).flatten(0, 1)
+        rows = rows_per_chunk(h)
+        losses = [F.cross_entropy(F.linear(h_i, self.lm_head.weight).float(), y_i, reduction="none")
+                  for h_i, y_i in zip(h.split(rows), targets.flatten().split(rows))]
+        return torch.cat(losses).view(idx.shape)
 
     def _hidden(self, idx):                                                      # (B, T, C)
         positions = torch.arange(idx.shape[1], device=idx.device)
@@ -123,30 +128,11 @@ class GPT(nn.Module):
             x = block(x)
         return self.transformer.ln_f(x)
 
-    @torch.compiler.disable   # the chunked op is opaque to the compiler, and traced it warns
-    def _head_loss(self, h, targets, label_noise, reduction="mean"):
-        """
-        Head and cross-entropy, a chunk of rows at a time: the (B, T, padded_vocab_size) logits never
-        exist. Padded classes take part in the softmax, as in nanoGPT, but are never a label.
-        """
-        h, weight = h.flatten(0, 1), self.lm_head.weight
-        device = h.device.type
-        if torch.is_autocast_enabled(device):
-            h, weight = (t.to(torch.get_autocast_dtype(device)) for t in (h, weight))
-        # Rows per chunk. On a 2-core CPU 256 rows are 1.06x faster than all 1024 at once (V=50,304,
-        # C=768), while the op's own default of 8 is 4x slower; a GPU wants longer matmuls.
-        rows = 256 if device == "cpu" else 1024
-        low_precision = h.dtype in (torch.bfloat16, torch.float16)
-        # In low precision the weight's gradient is summed over the chunks in float32.
-        policy = ("accurate" if device == "cpu" else "balanced") if low_precision else "compact"
-        options = nn.LinearCrossEntropyOptions(
-            batch_chunk_size=rows, acc_policy=policy,
-            acc_dtype=torch.float32 if low_precision else None)
-        if label_noise is None:
-            labels = targets.flatten()
-        else:
-            labels = sample_labels(h, weight, label_noise.flatten(), self.config.vocab_size, rows)
-        return F.linear_cross_entropy(h, weight, labels, reduction=reduction, options=options)
+    @torch.compiler.disable   # a loop over chunks: nothing for the compiler but a long graph
+    def _head_loss(self, h, targets, label_noise):
+        targets, label_noise = (None if t is None else t.flatten() for t in (targets, label_noise))
+        return HeadLoss.apply(h.flatten(0, 1), self.lm_head.weight, targets, label_noise,
+                              self.config.vocab_size)
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, eot_id=None,
@@ -200,20 +186,70 @@ class GPT(nn.Module):
         return 6 * weights + 12 * c.n_layer * c.n_embd * c.block_size
 
 
-@torch.no_grad()
-def sample_labels(h, weight, noise, vocab_size, rows=256):
-    """
-    One label for each row of h (N, C), drawn from softmax(h weight^T) over the first vocab_size
-    classes by inverting its distribution function at noise (N,), uniform in [0, 1), in float32,
-    `rows` rows at a time. Returns (N,) int64.
+def rows_per_chunk(h):
+    """Rows of logits that exist at a time. 256 suit a CPU's caches; a GPU wants longer matmuls."""
+    return 256 if h.device.type == "cpu" else 1024
 
-    One uniform number a label, where Gumbel noise takes vocab_size: on a 2-core CPU 0.26 s against
-    1.37 s per 1024 tokens of GPT-2, on top of the matmul. And as the noise is an input, labels do
-    not depend on ranks, micro-batches or device.
+
+def draw_labels(probs, noise):
     """
-    labels = []
-    for h_rows, u in zip(h.split(rows), noise.split(rows)):
-        probs = F.linear(h_rows, weight)[:, :vocab_size].float().softmax(-1)
-        cdf = probs.cumsum(-1)
-        labels.append(torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True))
-    return torch.cat(labels).squeeze(1).clamp_(max=vocab_size - 1)
+    A label for each row of probs (N, classes): the first class at which the distribution function
+    exceeds noise (N,), uniform in [0, 1). Returns (N,) int64.
+
+    One random number a label, where Gumbel noise takes one a class: on a 2-core CPU 0.26 s against
+    1.37 s for 1024 tokens of GPT-2. And as the noise is an input, labels do not depend on ranks,
+    micro-batches or device.
+    """
+    cdf = probs.cumsum(-1)
+    labels = torch.searchsorted(cdf, noise[:, None] * cdf[:, -1:], right=True)
+    return labels.squeeze(1).clamp_(max=probs.shape[-1] - 1)
+
+
+class HeadLoss(torch.autograd.Function):
+    """
+    Mean cross-entropy of softmax(h weight^T) against targets (N,) or, where they are None, against
+    labels drawn with label_noise (N,) from the softmax over the first vocab_size classes.
+    h: (N, C), weight: (padded classes, C). Returns a 0-dim tensor, float32 (float64 for float64).
+
+    A chunk of rows at a time gives its loss, labels and gradients, and its logits are gone: the
+    (N, padded classes) matrix never exists and no matmul is done twice. Padded classes are in the
+    softmax of the loss, as in nanoGPT, but never a label.
+
+    F.linear_cross_entropy was the alternative. On bfloat16 input it returns a bfloat16 loss (4.84
+    for 4.86), on float16 input its gradients underflow before the scale of a GradScaler reaches
+    them, and it cannot draw labels. Here loss, softmax and the weight's gradient are float32.
+    """
+
+    @staticmethod
+    def forward(ctx, h, weight, targets, label_noise, vocab_size):
+        if torch.is_autocast_enabled(h.device.type):
+            h = h.to(torch.get_autocast_dtype(h.device.type))
+        w = weight.to(h.dtype)
+        precise = torch.promote_types(h.dtype, torch.float32)
+        loss = torch.zeros((), dtype=precise, device=h.device)
+        # Of the summed loss: of the mean it would be near the smallest float16.
+        grad_h, grad_w = torch.empty_like(h), torch.zeros_like(weight)
+        rows = rows_per_chunk(h)
+        for i in range(0, len(h), rows):
+            h_i = h[i:i + rows]
+            log_probs = F.log_softmax(F.linear(h_i, w), -1, dtype=precise)
+            probs = log_probs.exp()
+            if targets is None:
+                labels = draw_labels(probs[:, :vocab_size], label_noise[i:i + rows])[:, None]
+            else:
+                labels = targets[i:i + rows, None]
+            loss -= log_probs.gather(1, labels).sum()
+            grad_logits = probs.scatter_add_(1, labels, -torch.ones_like(probs[:, :1])).to(h.dtype)
+            torch.mm(grad_logits, w, out=grad_h[i:i + rows])
+            if h.dtype == weight.dtype:
+                grad_w.addmm_(grad_logits.t(), h_i)
+            else:
+                grad_w += grad_logits.t() @ h_i
+        ctx.gradients = grad_h, grad_w
+        return loss / len(h)
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        (grad_h, grad_w), ctx.gradients = ctx.gradients, None   # scaled in place: backward once
+        scale = grad_loss / len(grad_h)
+        return grad_h.mul_(scale), grad_w.mul_(scale), None, None, None

@@ -66,7 +66,7 @@ def statistics(optimizer):
     tensors = {"param_norm": params}
     for name, key in ("momentum_norm", "exp_avg"), ("hessian_norm", "hessian"):
         tensors[name] = [s[key] for s in optimizer.state.values() if key in s]
-    found = {name: torch.stack(torch._foreach_norm(ts)).norm() for name, ts in tensors.items() if ts}
+    found = {n: torch.stack(torch._foreach_norm(ts)).norm() for n, ts in tensors.items() if ts}
     if isinstance(optimizer, SophiaG):
         found["train/win_rate"] = optimizer.win_rate()
     return found

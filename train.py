@@ -38,9 +38,9 @@ def sampled_label_loss(model, x, noise):
 
 def accumulate_gradients(model, x, y, loss_fn, batch_size, autocast, scaler):
     """
-    Leave in .grad the gradient of the mean loss over (x, y) and all ranks, times the scaler's scale.
-    Micro-batches of batch_size sequences; ranks exchange gradients in the last. Returns the mean
-    loss over this rank's sequences, 0-dim, on the device.
+    Leave in .grad the gradient of the mean loss over (x, y) and all ranks, times the scaler's
+    scale. Micro-batches of batch_size sequences; ranks exchange gradients in the last. Returns the
+    mean loss over this rank's sequences, 0-dim, on the device.
     """
     mean_loss = torch.zeros((), device=x.device)
     micro_batches = list(zip(x.split(batch_size), y.split(batch_size)))
@@ -146,8 +146,8 @@ def describe(cfg, world, data, model, dtype, compile_reason):
         batch += (f"; Hessian: {cfg.hessian_batch_size} sequences every {cfg.hessian_interval} "
                   f"steps")
     compiled = "compiled" if compile_reason is None else f"eager ({compile_reason})"
-    ddp.say(f"data: {cfg.data_dir}, {data.tokens.count:,} training tokens, {data.meta['tokenizer']} "
-            f"tokenizer; {cfg.max_iters} steps are {epochs:.2f} epochs\n"
+    ddp.say(f"data: {cfg.data_dir}, {data.tokens.count:,} training tokens in "
+            f"{data.meta['tokenizer']}; {cfg.max_iters} steps are {epochs:.2f} epochs\n"
             f"batch: {batch}\n"
             f"model: {model.num_params() / 1e6:.2f}M parameters, "
             f"{model.flops_per_token() / 1e9:.3f} GFLOP a token; weights, gradients and "

@@ -46,7 +46,7 @@ def write_bins(data_dir, tokenizer_name, **splits):
 def prepare_arguments(doc, tokenizer):
     """The options that every prepare.py has: --tokenizer, --out_dir."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--tokenizer", default=tokenizer, help=f"bytes or gpt2 (default: {tokenizer})")
+    parser.add_argument("--tokenizer", default=tokenizer, help="bytes or gpt2 (now %(default)s)")
     parser.add_argument("--out_dir", default=os.path.dirname(os.path.abspath(sys.argv[0])),
                         help="where the bins go (default: beside this script)")
     return parser

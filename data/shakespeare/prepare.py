@@ -31,8 +31,8 @@ def read_text(source):
                         f"and pass --source=FILE, or use data/pystdlib, which needs no network"
                         ) from None
     if hashlib.sha256(raw).hexdigest() != SHA256:
-        raise UserError(f"{source or URL} has a wrong checksum: it is not tiny Shakespeare, or only "
-                        f"part of it. For a text of your own see data/tokenize_to_bin.py")
+        raise UserError(f"{source or URL} is not tiny Shakespeare, or only a part of it: its "
+                        f"checksum is wrong. For another text see data/tokenize_to_bin.py")
     return raw.decode("utf-8")
 
 

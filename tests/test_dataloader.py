@@ -1,0 +1,290 @@
+"""
+Batches as a pure function of (seed, stream, step), what is refused of a data set, and the
+prepare.py scripts. In most tests a token is its own position in the file, so x shows the windows.
+"""
+import hashlib
+import importlib.util
+import json
+import os
+import sys
+import sysconfig
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, flags, run, write_data
+
+from configurator import UserError, load_config
+from dataloader import DataLoader
+from ddp import World
+from tokenizer import get_tokenizer
+
+T = 16
+TRAIN, VAL = 2021, 600   # tokens: 125 training windows of 16, 37 validation windows
+
+
+@pytest.fixture(scope="module")
+def positions(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "positions"
+    return write_data(folder, np.arange(TRAIN), np.arange(VAL), vocab_size=60_000)
+
+
+def loader(data, rank=0, size=1, **settings):
+    knobs = {**TINY, "block_size": T, "total_batch_size": 12, "batch_size": 1, "dataset": data,
+             "hessian_batch_size": 8 if size < 3 else 12, **settings}
+    return DataLoader(load_config(flags(**knobs), size), World(rank, size, torch.device("cpu")))
+
+
+def starts(batches, stream="train", samples=250):
+    """Start positions of a stream's first samples, in order."""
+    rows, batch = [], 0
+    while len(rows) < samples:
+        rows += getattr(batches, stream)(batch)[0][:, 0].tolist()
+        batch += 1
+    return rows[:samples]
+
+
+@pytest.mark.parametrize("stream", ["train", "hessian"])
+def test_an_epoch_reads_every_window_once(positions, stream):
+    found = starts(loader(positions), stream)
+    for epoch in found[:125], found[125:]:
+        phase = min(epoch)
+        assert 0 <= phase < T
+        assert sorted(epoch) == list(range(phase, phase + 125 * T, T))   # no gap, no overlap
+        assert epoch != sorted(epoch)
+
+
+def test_x_is_a_window_and_y_the_next_tokens(positions):
+    for x, y in [loader(positions).train(3), *loader(positions).val()]:
+        assert x.dtype == y.dtype == torch.int64 and x.shape[1] == T
+        assert torch.equal(x, x[:, :1] + torch.arange(T))
+        assert torch.equal(y, x + 1)
+
+
+def test_a_batch_depends_on_its_number_alone(positions):
+    used = loader(positions)
+    for step in (900, 0, 31, 12, 500):
+        used.train(step), used.hessian(step)
+    assert (len(used.train(7)[0]), len(used.hessian(7)[0])) == (12, 8)
+    for stream in "train", "hessian":
+        for mine, fresh in zip(getattr(used, stream)(7), getattr(loader(positions), stream)(7)):
+            assert torch.equal(mine, fresh)
+    other = loader(positions, batch_size=4, max_iters=7, optimizer="adamw", learning_rate=1)
+    assert torch.equal(other.train(7)[0], used.train(7)[0])
+
+
+def test_orders_differ_between_epochs_streams_and_seeds(positions):
+    orders = [tuple((s - min(order)) // T for s in order)
+              for batches in (loader(positions), loader(positions, seed=1))
+              for found in (starts(batches), starts(batches, "hessian"))
+              for order in (found[:125], found[125:])]
+    assert all(sorted(order) == list(range(125)) for order in orders)
+    assert len(set(orders)) == 8
+    agreeing = [sum(a == b for a, b in zip(p, q)) for p in orders for q in orders if p != q]
+    assert max(agreeing) < 10   # about 1 of 125 by chance
+    phases = {starts(loader(positions, seed=seed), samples=125)[0] % T for seed in range(40)}
+    assert len(phases) > 10   # of 16
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_share_a_batch(positions, size):
+    whole = loader(positions, hessian_batch_size=12)
+    ranks = [loader(positions, rank, size, hessian_batch_size=12) for rank in range(size)]
+    for stream in "train", "hessian":
+        for step in 0, 10, 11:   # the tenth batch of 12 crosses into the second epoch of 125
+            parts = [getattr(rank, stream)(step) for rank in ranks]
+            assert {len(x) for x, _ in parts} == {12 // size}
+            for one, many in zip(getattr(whole, stream)(step), zip(*parts)):
+                assert torch.equal(one, torch.cat(many))
+
+
+def test_hessian_noise_is_uniform_and_drawn_anew_for_each_sample(positions):
+    batches = loader(positions)
+    noise = torch.cat([batches.hessian(update)[1] for update in range(256)])
+    assert noise.dtype == torch.float32 and noise.shape == (2048, T)
+    assert noise.min() >= 0 and noise.max() < 1
+    counts, _ = np.histogram(noise.numpy(), bins=64, range=(0, 1))
+    expected = noise.numel() / 64
+    assert ((counts - expected) ** 2 / expected).sum() < 130   # chi-square, 63 degrees: p = 1e-6
+    deviations = noise.double().numpy() - 0.5
+    for shift in 1, 8:   # neighbours within a batch, and the same row of the next one
+        correlation = 12 * (deviations[:-shift] * deviations[shift:]).mean()
+        assert abs(correlation) < 5 / np.sqrt(noise.numel())
+    assert len(torch.unique(noise, dim=0)) == 2048
+    other = loader(positions, seed=1).hessian(0)[1]
+    assert not torch.isin(other, batches.hessian(0)[1]).any()
+
+
+def val_starts(data, size=1, **settings):
+    """Starts of the evaluation windows, a list for each rank."""
+    return [[start for x, _ in loader(data, rank, size, **settings).val()
+             for start in x[:, 0].tolist()] for rank in range(size)]
+
+
+def test_evaluation_windows_are_fixed_and_spread(positions):
+    everything = list(range(0, 37 * T, T))
+    assert val_starts(positions, eval_iters=0) == [everything]
+    assert val_starts(positions, eval_iters=100) == [everything]   # there are no more
+    some, = val_starts(positions, eval_iters=1)   # 12 of 37
+    assert len(some) == 12 and set(some) <= set(everything)
+    assert some[0] == 0 and some[-1] >= 37 * T * 11 // 12 - T
+    assert set(np.diff(some)) <= {3 * T, 4 * T}
+    used = loader(positions, eval_iters=1)
+    for _ in range(2):
+        assert [s for x, _ in used.val() for s in x[:, 0].tolist()] == some
+        used.train(5)
+    for change in dict(seed=2), dict(optimizer="lion"), dict(batch_size=3), dict(batch_size=12):
+        assert val_starts(positions, eval_iters=1, **change) == [some]
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 6])
+def test_ranks_share_the_evaluation(positions, size):
+    for eval_iters in 0, 1, 2:
+        shares = val_starts(positions, size, eval_iters=eval_iters)
+        whole, = val_starts(positions, eval_iters=eval_iters)
+        assert sorted(sum(shares, [])) == whole
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_bins_of_nanogpt_are_gpt2_tokens(tmp_path):
+    folder = write_data(tmp_path, [0, 50_256] * 40, [50_257] * 40)
+    (folder / "meta.json").unlink()
+    batches = loader(folder)
+    assert (batches.meta["tokenizer"], batches.meta["vocab_size"]) == ("gpt2", 50_257)
+    assert batches.train(0)[0].max() == 50_256
+    with pytest.raises(UserError, match="val.bin.* 50257, beyond"):
+        list(batches.val())
+
+
+def test_uint32_bins(tmp_path):
+    folder = write_data(tmp_path, [0] * 200, [0] * 200, vocab_size=200_000, dtype="uint32")
+    for split in "train", "val":
+        (np.arange(200, dtype="<u4") + 100_000).tofile(folder / f"{split}.bin")
+    x, y = loader(folder).train(0)
+    assert x.min() >= 100_000 and torch.equal(y, x + 1)
+
+
+def test_a_token_beyond_the_vocabulary_is_refused(tmp_path):
+    folder = write_data(tmp_path, [64, 65] * 100, [65] * 200, vocab_size=65)
+    batches = loader(folder)
+    for stream in batches.train, batches.hessian, lambda _: list(batches.val()):
+        with pytest.raises(UserError, match=r"(train|val)\.bin holds token id 65"):
+            stream(0)
+
+
+def test_a_file_truncated_under_the_run_is_noticed(tmp_path):
+    batches = loader(write_data(tmp_path, np.arange(2000), np.arange(400), vocab_size=60_000))
+    batches.train(0)
+    os.truncate(tmp_path / "train.bin", 100)
+    with pytest.raises(UserError, match="train.bin ends before.*truncated"):
+        batches.train(1)
+
+
+@pytest.mark.parametrize("train, val, named", [(15, 600, "train"), (600, 16, "val"),
+                                               (0, 600, "train"), (600, 0, "val")])
+def test_too_few_tokens_for_a_window(tmp_path, train, val, named):
+    folder = write_data(tmp_path, [0] * train, [0] * val)
+    with pytest.raises(UserError, match=rf"block_size=16 .*{named}\.bin"):
+        loader(folder)
+
+
+GONE = object()
+WRONG_META = [
+    "", "{", "[]", "null", "3", '"x"', "{}", "\xff\xfe",
+    {"tokenizer": GONE}, {"vocab_size": GONE}, {"eot_id": GONE}, {"dtype": GONE},
+    {"vocab_size": 0}, {"vocab_size": -5}, {"vocab_size": "65"}, {"vocab_size": 65.5},
+    {"vocab_size": True}, {"vocab_size": None}, {"eot_id": 65}, {"eot_id": -1}, {"tokenizer": 3},
+    {"dtype": "int64"}, {"dtype": ["uint16"]}, {"train_tokens": 99}, {"train_tokens": "many"},
+    {"val_tokens": None}, {"val_tokens": [100]}]
+
+
+@pytest.mark.parametrize("wrong", WRONG_META, ids=repr)
+def test_damaged_meta(tmp_path, wrong):
+    folder = write_data(tmp_path, [1] * 100, [1] * 100)
+    loader(folder)
+    if isinstance(wrong, dict):
+        good = json.loads((folder / "meta.json").read_text())
+        wrong = json.dumps({k: v for k, v in {**good, **wrong}.items() if v is not GONE})
+    (folder / "meta.json").write_bytes(wrong.encode("latin-1"))
+    with pytest.raises(UserError, match="prepare.py again") as caught:
+        loader(folder)
+    assert str(folder) in str(caught.value)
+
+
+def resident_bytes():
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_resident_memory_does_not_grow_by_the_file(tmp_path):
+    folder = write_data(tmp_path, np.ones(26_000_000, np.uint16), [1] * 2000)   # 52 MB
+    batches = loader(folder, block_size=1024, total_batch_size=64)
+    batches.train(0)
+    before = resident_bytes()
+    for step in range(1, 26_000_000 // (64 * 1024)):   # an epoch: all of the file
+        batches.train(step)
+    assert resident_bytes() - before < 15e6
+    mapped = np.memmap(folder / "train.bin", np.uint16, "r")
+    assert mapped.sum() == 26_000_000
+    assert resident_bytes() - before > 40e6   # what a mapping costs: the measure can tell
+
+
+def documents(folder, split):
+    ids = np.fromfile(folder / f"{split}.bin", "<u2")
+    assert ids[-1] == 256
+    ends = np.flatnonzero(ids == 256)
+    tokenizer = get_tokenizer("bytes")
+    return [tokenizer.decode(part[:-1].tolist()) for part in np.split(ids, ends + 1)[:-1]]
+
+
+def test_pystdlib_is_the_library_split_in_two_the_same_each_time(tmp_path):
+    for name in "a", "b":   # string hashes, hence orders of sets, differ
+        done = run("data/pystdlib/prepare.py", f"--out_dir={tmp_path / name}",
+                   PYTHONHASHSEED=str(ord(name)))
+        assert done.returncode == 0, done.stderr
+    files = {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
+    assert sorted(files) == ["meta.json", "train.bin", "val.bin"]
+    assert files == {p.name: p.read_bytes() for p in (tmp_path / "b").iterdir()}
+
+    meta = json.loads(files["meta.json"])
+    for split in "train", "val":
+        assert meta[f"{split}_tokens"] * 2 == len(files[f"{split}.bin"])
+        assert meta[f"{split}_sha256"] == hashlib.sha256(files[f"{split}.bin"]).hexdigest()
+    assert 0.01 < meta["val_tokens"] / meta["train_tokens"] < 0.1
+    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+    library = Path(sysconfig.get_paths()["stdlib"])
+    sources = Counter(path.read_text(encoding="utf-8", errors="replace")
+                      for path in library.rglob("*.py")
+                      if not left_out & set(path.relative_to(library).parts[:-1]))
+    sources.subtract(documents(tmp_path / "a", "train") + documents(tmp_path / "a", "val"))
+    # Each file is once in one of the two, and its text comes back whole.
+    assert not [text[:100] for text, count in sources.items() if count]
+
+
+def test_shakespeare_is_refused_without_network_or_with_another_text(tmp_path):
+    (tmp_path / "other.txt").write_text("not a play")
+    for words, named in ([], "--source"), ([f"--source={tmp_path / 'other.txt'}"], "checksum"), \
+            (["--source=/nowhere.txt"], "/nowhere.txt"):
+        done = run("data/shakespeare/prepare.py", f"--out_dir={tmp_path / 'out'}", *words,
+                   https_proxy="http://127.0.0.1:9", no_proxy="")
+        assert done.returncode == 2 and done.stdout == ""
+        assert done.stderr.startswith("prepare.py: error: ") and done.stderr.count("\n") == 1
+        assert named in done.stderr
+        assert not (tmp_path / "out").exists()
+
+
+def test_shakespeare_is_split_at_nine_tenths(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))   # the script adds a folder to it
+    spec = importlib.util.spec_from_file_location("play", ROOT / "data/shakespeare/prepare.py")
+    play = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(play)
+    text = "Élan: to be, or not to be.\n" * 100   # bytes and characters differ in number
+    (tmp_path / "input.txt").write_bytes(text.encode())
+    monkeypatch.setattr(play, "SHA256", hashlib.sha256(text.encode()).hexdigest())
+    play.main([f"--source={tmp_path / 'input.txt'}", f"--out_dir={tmp_path}", "--tokenizer=bytes"])
+    assert documents(tmp_path, "train") == [text[:2430]]   # of 2700 characters
+    assert documents(tmp_path, "val") == [text[2430:]]
+    batches = loader(tmp_path)
+    assert get_tokenizer(batches.meta["tokenizer"]).vocab_size == batches.meta["vocab_size"]

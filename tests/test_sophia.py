@@ -1,0 +1,240 @@
+"""SophiaG against a float64 NumPy reference written from the paper's formula, and its interface."""
+import copy
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from sophia import SophiaG, sophiag
+
+SHAPES = [(7,), (5, 3), (2, 3, 4), ()]
+SETTINGS = dict(lr=3e-3, betas=(0.9, 0.95), rho=0.03, weight_decay=0.2)
+
+
+def reference(thetas, grads_at, hessian_grads_at, steps, k, bs, lr, betas, rho, weight_decay,
+              sign=1):
+    """Algorithm 3 of arXiv 2305.14342 with h updated after steps k, 2k, ..., in float64."""
+    thetas = [t.astype(np.float64) for t in thetas]
+    ms, hs = [np.zeros_like(t) for t in thetas], [np.zeros_like(t) for t in thetas]
+    for step in range(1, steps + 1):
+        for i, g in enumerate(grads_at(step)):
+            thetas[i] = thetas[i] - lr * weight_decay * thetas[i]
+            ms[i] = betas[0] * ms[i] + (1 - betas[0]) * sign * g
+            ratio = np.minimum(np.abs(ms[i]) / (rho * bs * hs[i] + 1e-15), 1.0)
+            thetas[i] = thetas[i] - lr * np.sign(ms[i]) * ratio
+        if step % k == 0:
+            for i, g in enumerate(hessian_grads_at(step)):
+                hs[i] = betas[1] * hs[i] + (1 - betas[1]) * g * g
+    return thetas, ms, hs
+
+
+def gradients(kind):
+    """Gradients as a function of the step, of a size at which about half the steps are clipped."""
+    def at(step):
+        rng = np.random.default_rng([kind, step])
+        return [rng.normal(size=shape) * 10 ** rng.uniform(-2, 0, shape) for shape in SHAPES]
+    return at
+
+
+def run(optimizer, params, steps, k, dtype, first=1):
+    for step in range(first, first + steps):
+        for p, g in zip(params, gradients(1)(step)):
+            p.grad = torch.tensor(g, dtype=dtype)
+        optimizer.step()
+        if step % k == 0:
+            for p, g in zip(params, gradients(2)(step)):
+                p.grad = torch.tensor(g, dtype=dtype)
+            optimizer.update_hessian()
+
+
+def make(dtype, **changes):
+    params = [torch.nn.Parameter(torch.tensor(t, dtype=dtype)) for t in gradients(3)(0)]
+    return params, SophiaG(params, **{**SETTINGS, "bs": 20, **changes})
+
+
+def relative_error(actual, wanted):
+    return max(np.max(np.abs(a.detach().double().numpy() - w)) / max(np.max(np.abs(w)), 1e-30)
+               for a, w in zip(actual, wanted))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("changes", [{}, {"maximize": True}, {"weight_decay": 0.0}, {"rho": 3.0}])
+def test_fifty_steps_equal_the_reference(dtype, tolerance, changes):
+    params, optimizer = make(dtype, **changes)
+    settings = {**SETTINGS, **changes}
+    sign = -1 if settings.pop("maximize", False) else 1
+    thetas, ms, hs = reference([p.detach().numpy() for p in params], gradients(1), gradients(2),
+                               50, 10, 20, sign=sign, **settings)
+    run(optimizer, params, 50, 10, dtype)
+    states = [optimizer.state[p] for p in params]
+    assert relative_error(params, thetas) < tolerance
+    assert relative_error([s["exp_avg"] for s in states], ms) < tolerance
+    assert relative_error([s["hessian"] for s in states], hs) < tolerance
+    assert all(s["step"] == 50 for s in states)
+
+
+def test_reference_clips_some_and_not_all():
+    """The comparison above means something only if both branches are taken."""
+    params, optimizer = make(torch.float64)
+    run(optimizer, params, 50, 10, torch.float64)
+    assert 0.1 < optimizer.win_rate() < 0.9
+
+
+def test_a_step_without_hessian_moves_each_coordinate_by_lr():
+    p = torch.nn.Parameter(torch.zeros(4, dtype=torch.float64))
+    p.grad = torch.tensor([1e-9, -3.0, 0.5, 0.0], dtype=torch.float64)
+    SophiaG([p], lr=0.1, weight_decay=0.0).step()
+    assert p.tolist() == [-0.1, 0.1, -0.1, 0.0]
+
+
+def test_functional_update_takes_a_tensor_lr():
+    results = []
+    for lr in (3e-3, torch.tensor(3e-3)):
+        tensors = [[torch.linspace(-1, 1, 9) + i] for i in range(3)] + [[torch.ones(9)]]
+        sophiag(*tensors, lr=lr, beta1=0.9, rho=0.1, bs=5, weight_decay=0.1)
+        results.append(tensors[0][0])
+    torch.testing.assert_close(*results)
+
+
+def test_groups_have_their_own_settings_and_parameters_without_gradient_stay():
+    a, b, c = (torch.nn.Parameter(torch.ones(2)) for _ in range(3))
+    optimizer = SophiaG([{"params": [a]}, {"params": [b, c], "lr": 0.5, "weight_decay": 0.0}],
+                        lr=0.1, weight_decay=1.0)
+    a.grad = b.grad = torch.ones(2)
+    optimizer.step()
+    torch.testing.assert_close(a.detach(), torch.full((2,), 1 - 0.1 - 0.1))
+    torch.testing.assert_close(b.detach(), torch.full((2,), 0.5))
+    assert c.tolist() == [1, 1] and c not in optimizer.state
+
+
+def test_non_contiguous_and_bfloat16_parameters():
+    base = torch.ones(4, 6)
+    view = torch.nn.Parameter(base.t())
+    half = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    view.grad, half.grad = torch.ones(6, 4), torch.ones(3, dtype=torch.bfloat16)
+    optimizer = SophiaG([view, half], lr=0.25, weight_decay=0.0)
+    optimizer.step()
+    assert (base == 0.75).all() and (half == 0.75).all()
+    assert optimizer.state[half]["hessian"].dtype == torch.bfloat16
+
+
+def test_bs_of_step_overrides_the_constructors():
+    outcomes = []
+    for constructor, call in [(None, 20), (20, None), (5, 20), (20, 5)]:
+        params, optimizer = make(torch.float64, bs=constructor)
+        run(optimizer, params, 1, 1, torch.float64)
+        for p in params:
+            p.grad = torch.full_like(p, 1e-3)
+        optimizer.step(bs=call)
+        outcomes.append(params[1].detach())
+    assert torch.equal(outcomes[0], outcomes[1]) and torch.equal(outcomes[0], outcomes[2])
+    assert not torch.equal(outcomes[0], outcomes[3])
+
+
+def test_one_warning_when_bs_is_never_given_and_the_official_default():
+    params, optimizer = make(torch.float64, bs=None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(optimizer, params, 9, 10, torch.float64)     # no Hessian yet: bs does not matter
+    other, given = make(torch.float64, bs=5120)
+    run(given, other, 21, 10, torch.float64)
+    with pytest.warns(UserWarning, match="bs") as caught:
+        run(optimizer, params, 12, 10, torch.float64, first=10)
+    assert len(caught) == 1
+    assert all(torch.equal(p, q) for p, q in zip(params, other))
+
+
+def test_win_rate_counts_coordinates_below_the_bound():
+    p = torch.nn.Parameter(torch.zeros(4))
+    optimizer = SophiaG([p], rho=0.5, bs=10)
+    assert optimizer.win_rate() is None
+    p.grad = torch.ones(4)
+    optimizer.step()
+    optimizer.state[p]["exp_avg"] = torch.tensor([1.0, -1.0, 0.1, -6.0])
+    optimizer.state[p]["hessian"] = torch.tensor([0.1, 1.0, 0.1, 1.0])
+    # |m| < rho B h: 1 < 0.5 no, 1 < 5 yes, 0.1 < 0.5 yes, 6 < 5 no
+    assert optimizer.win_rate() == 0.5
+    assert optimizer.win_rate(bs=100) == 1.0
+
+
+def test_state_dict_round_trip_continues_exactly():
+    params, optimizer = make(torch.float32)
+    run(optimizer, params, 15, 10, torch.float32)
+    saved = copy.deepcopy(optimizer.state_dict())
+    copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    restored = SophiaG(copies, lr=1.0)
+    restored.load_state_dict(saved)
+    for pair in (optimizer, params), (restored, copies):
+        run(*pair, 15, 10, torch.float32, first=16)
+    assert all(torch.equal(p, q) for p, q in zip(params, copies))
+
+
+@pytest.mark.parametrize("step_shape", [(), (1,)])
+def test_official_state_dict_loads_and_trains_on(step_shape):
+    """The official class has no bs and, with capturable, a step of shape (1,)."""
+    params, optimizer = make(torch.float32)
+    run(optimizer, params, 12, 10, torch.float32)
+    official = copy.deepcopy(optimizer.state_dict())
+    for group in official["param_groups"]:
+        del group["bs"]
+    for state in official["state"].values():
+        state["step"] = state["step"].reshape(step_shape)
+    copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    restored = SophiaG(copies, **SETTINGS, bs=20)
+    restored.load_state_dict(official)
+    for pair in (optimizer, params), (restored, copies):
+        run(*pair, 12, 10, torch.float32, first=13)
+    assert all(torch.equal(p, q) for p, q in zip(params, copies))
+
+
+def test_official_state_dict_without_bs_anywhere_warns():
+    params, optimizer = make(torch.float32)
+    run(optimizer, params, 10, 10, torch.float32)
+    official = copy.deepcopy(optimizer.state_dict())
+    for group in official["param_groups"]:
+        del group["bs"]
+    restored = SophiaG(params, **SETTINGS)
+    restored.load_state_dict(official)
+    with pytest.warns(UserWarning, match="5120"):
+        restored.step()
+
+
+def test_capturable_keeps_step_beside_the_parameter_and_deepcopies():
+    p = torch.nn.Parameter(torch.ones(2))
+    p.grad = torch.ones(2)
+    optimizer = SophiaG([p], lr=torch.tensor(0.5), weight_decay=0.0, capturable=True)
+    optimizer.step()
+    assert optimizer.state[p]["step"].device == p.device and p.tolist() == [0.5, 0.5]
+    assert copy.deepcopy(optimizer).state_dict()["param_groups"][0]["capturable"]
+
+
+def test_closure_runs_with_gradients_and_its_loss_is_returned():
+    p = torch.nn.Parameter(torch.tensor([2.0]))
+    optimizer = SophiaG([p], lr=0.5, weight_decay=0.0)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (p ** 2).sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure) == 4.0 and p.item() == 1.5
+
+
+def test_sparse_and_complex_are_refused():
+    embedding = torch.nn.Embedding(4, 2, sparse=True)
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match="sparse"):
+        SophiaG(embedding.parameters()).step()
+    z = torch.nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    z.grad = torch.ones_like(z)
+    with pytest.raises(RuntimeError, match="complex"):
+        SophiaG([z]).step()
+
+
+@pytest.mark.parametrize("bad", [{"lr": -1}, {"betas": (1.0, 0.9)}, {"rho": -0.1},
+                                 {"weight_decay": -1}, {"bs": 0}])
+def test_impossible_settings_are_refused(bad):
+    with pytest.raises(ValueError, match="Invalid"):
+        SophiaG([torch.nn.Parameter(torch.ones(1))], **bad)

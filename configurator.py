@@ -54,7 +54,7 @@ class TrainConfig:
                           "a checkpoint or run directory to finetune")
     seed: int = knob(1337, "initial weights, order of the data, label noise and dropout")
     eval_interval: int = knob(1000, "steps between evaluations, each followed by a checkpoint")
-    eval_iters: int = knob(0, "evaluation batches of total_batch_size sequences; 0: all of val.bin")
+    eval_iters: int = knob(10, "evaluation batches of total_batch_size sequences; 0: all of val.bin")
     eval_only: bool = knob(False, "evaluate once and stop")
     log_interval: int = knob(10, "steps between log lines")
     wandb_log: bool = knob(False, "log to Weights & Biases as well")

@@ -2,6 +2,7 @@
 Ranks: who this process is, which device it has, and the few things that ranks tell each other.
 One process without torchrun is a world of one rank, and every function here works there too.
 """
+import gc
 import os
 import shutil
 import signal
@@ -78,7 +79,12 @@ def say(text):
 
 
 def leave():
+    """
+    Leave the process group. DDP modules must be gone by then: the destructor of one that holds the
+    last reference to the group waits, with the GIL, for a gloo thread that may want the GIL.
+    """
     if dist.is_initialized():
+        gc.collect()
         dist.destroy_process_group()
 
 

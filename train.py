@@ -155,9 +155,7 @@ def describe(cfg, world, data, model, dtype, compile_reason):
             f"machine: {world.device.type}, {str(dtype).removeprefix('torch.')}, {compiled}")
 
 
-def main(argv):
-    cfg = load_config(argv, ddp.world_size())
-    world = ddp.join(cfg.device, cfg.backend)
+def train(cfg, world):
     device = world.device
     dtype = ddp.pick_dtype(cfg.dtype, device)
     compile_reason = ddp.pick_compile(cfg.compile, device)
@@ -251,6 +249,11 @@ def main(argv):
     elif not cfg.eval_only:
         ddp.say(f"finished at step {step}: best val loss {best_val_loss:.4f} at step {best_step}. "
                 f"Text from it: python sample.py {cfg.out_dir}")
+
+
+def main(argv):
+    cfg = load_config(argv, ddp.world_size())
+    train(cfg, ddp.join(cfg.device, cfg.backend))
     ddp.leave()
 
 

@@ -116,8 +116,7 @@ def test_what_a_file_may_hold_besides_knobs(tmp_path):
                  "from math import sqrt\n_half = 0.5\n__author__ = 'me'\n"
                  "def double(x):\n    return 2 * x\nclass Note:\n    pass\n"
                  "max_iters = double(int(sqrt(2500 * 2500)))\nlearning_rate = 1e-3 * _half\n")
-    cfg = load_config([path])
-    assert (cfg.max_iters, cfg.learning_rate) == (5000, 5e-4)
+    assert (load_config([path]).max_iters, load_config([path]).learning_rate) == (5000, 5e-4)
 
 
 @pytest.mark.parametrize("text, line, kind", [

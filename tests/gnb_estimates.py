@@ -1,0 +1,56 @@
+"""
+Many Gauss-Newton-Bartlett estimates by the trainer's own code, for test_train.py; under torchrun
+with any number of ranks.
+
+    gnb_estimates.py DATA OUT.npz ESTIMATES [shared]    # shared: all ranks get rank 0's noise
+"""
+import sys
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+import ddp
+from configurator import load_config
+from dataloader import DataLoader
+from model import GPT, GPTConfig
+from train import accumulate_gradients, sampled_label_loss
+
+TINY = GPTConfig(vocab_size=64, block_size=4, n_layer=1, n_head=2, n_embd=8)   # no padded class
+
+
+def build():
+    torch.manual_seed(0)
+    model = GPT(TINY)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)   # a softmax far from uniform
+    return model
+
+
+def main(data_dir, out, estimates, shared):
+    cfg = load_config([f"--dataset={data_dir}", "--block_size=4", "--batch_size=1",
+                       "--total_batch_size=4", "--hessian_batch_size=4"], ddp.world_size())
+    world = ddp.join("cpu")
+    data = DataLoader(cfg, ddp.World(0, world.size, world.device) if shared else world)
+    raw_model = build()
+    model = DDP(raw_model) if world.size > 1 else raw_model
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    total = squares = 0
+    for update in range(estimates):
+        raw_model.zero_grad()
+        x, noise = data.hessian(update)
+        accumulate_gradients(model, x, noise, sampled_label_loss, cfg.batch_size, nullcontext(),
+                             scaler)
+        g = torch.cat([p.grad.flatten() for p in raw_model.parameters()]).double().numpy()
+        estimate = cfg.tokens_per_hessian * g * g
+        total, squares = total + estimate, squares + estimate ** 2
+    if world.is_main:
+        mean = total / estimates
+        np.savez(out, mean=mean, error=np.sqrt((squares / estimates - mean ** 2) / estimates))
+    del model
+    ddp.leave()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4:] == ["shared"])

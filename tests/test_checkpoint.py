@@ -1,0 +1,210 @@
+"""
+Checkpoints: whole or not at all when written, verified when read, unable to run code, the last two
+and the best kept.
+"""
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+from configurator import UserError
+
+
+def payload(step=10):
+    """A checkpoint's contents, small; the numbers depend on the step."""
+    generator = torch.Generator().manual_seed(step)
+    weight = torch.nn.Parameter(torch.randn(64, generator=generator))
+    optimizer = torch.optim.AdamW([weight])
+    weight.grad = torch.randn(64, generator=generator)
+    optimizer.step()
+    return {"model": {"w": weight.detach(), "half": weight.detach().bfloat16()}, "step": step,
+            "optimizer": optimizer.state_dict(), "model_args": {"n_layer": 2, "bias": False},
+            "config": {"optimizer": "adamw", "min_lr": 1e-5}, "tokenizer": "bytes",
+            "best_step": step, "best_val_loss": float("inf"), "metrics": {"wandb_id": None}}
+
+
+def same(a, b):
+    """Whether two nests of dicts, lists, tensors and plain values are equal, types and bits."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    if torch.is_tensor(a):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    return type(a) is type(b) and a == b
+
+
+def refused(path):
+    """The message with which load refuses path: one line that names it."""
+    with pytest.raises(UserError) as caught:
+        checkpoint.load(str(path))
+    message = str(caught.value)
+    assert str(path) in message and "\n" not in message
+    return message
+
+
+def steps(folder):
+    return [int(Path(path).stem[5:]) for path in checkpoint.list_checkpoints(folder)]
+
+
+def test_what_is_saved_comes_back(tmp_path):
+    path = checkpoint.save(tmp_path, payload(), best_step=10)
+    assert path == checkpoint.path_of(tmp_path, 10) == str(tmp_path / "ckpt_00000010.pt")
+    loaded = checkpoint.load(path)
+    assert loaded.pop("version") == checkpoint.FORMAT_VERSION
+    assert same(loaded, payload())
+    assert not same(loaded, payload(11))
+    checkpoint.save(tmp_path, {**payload(11), "step": 10}, best_step=10)
+    assert same(loaded, payload())   # mapped from the file, which has another one's place now
+    assert os.listdir(tmp_path) == ["ckpt_00000010.pt"]
+
+
+def test_the_last_two_and_the_best_are_kept(tmp_path):
+    (tmp_path / "ckpt_final.pt").touch()   # the user's own
+    kept = []
+    for step, best in (10, 10), (20, 20), (30, 20), (40, 20), (50, 20), (60, 60), (70, 60):
+        checkpoint.save(tmp_path, payload(step), best)
+        kept.append(steps(tmp_path))
+    assert kept == [[10], [20, 10], [30, 20], [40, 30, 20], [50, 40, 20], [60, 50], [70, 60]]
+    assert (tmp_path / "ckpt_final.pt").exists()
+
+
+def test_checkpoints_are_listed_by_step_and_other_names_are_not(tmp_path):
+    for name in "00000009.pt", "00000100.pt", "100000000.pt", "00000020.pt.tmp", "1.pt", "a.pt":
+        (tmp_path / f"ckpt_{name}").touch()
+    (tmp_path / "xckpt_00000300.pt").touch()
+    assert steps(tmp_path) == [100_000_000, 100, 9]
+    assert checkpoint.list_checkpoints(tmp_path / "missing") == []
+
+
+def no_space(*args):
+    raise OSError(28, "No space left on device")
+
+
+def half(file):
+    file.write(b"half")
+    raise RuntimeError("PytorchStreamWriter failed writing file")   # torch's word for a full disk
+
+
+@pytest.mark.parametrize("fault", ["fsync", "replace", "write"])
+def test_a_failing_save_leaves_the_old_files_and_no_other(tmp_path, monkeypatch, fault):
+    for step in 10, 20, 30:
+        checkpoint.save(tmp_path, payload(step), 10)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    if fault == "write":
+        monkeypatch.setattr(torch, "save", lambda contents, file: half(file))
+    else:
+        monkeypatch.setattr(os, fault, no_space)
+    for step in 30, 40:   # over an old one, and one that would push old ones out
+        with pytest.raises(UserError, match=f"cannot write .*ckpt_000000{step}.pt"):
+            checkpoint.save(tmp_path, {**payload(11), "step": step}, step)
+        assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_any_flipped_byte_is_noticed_or_harmless(tmp_path):
+    path = Path(checkpoint.save(tmp_path, payload(), 10))
+    whole = path.read_bytes()
+    tensor = whole.index(payload()["model"]["w"].numpy().tobytes())
+    inside = range(tensor, tensor + 4 * 64, 5)
+    for place in [*inside, *range(0, len(whole), 3)]:
+        damaged = bytearray(whole)
+        damaged[place] ^= 0xFF
+        path.write_bytes(damaged)
+        try:
+            loaded = checkpoint.load(str(path))
+        except UserError as error:
+            assert str(path) in str(error)
+            continue
+        assert place not in inside
+        del loaded["version"]   # what is left undamaged: padding, dates
+        assert same(loaded, payload())
+
+
+def test_truncated_files_are_refused(tmp_path):
+    path = Path(checkpoint.save(tmp_path, payload(), 10))
+    whole = path.read_bytes()
+    for length in [0, 1, len(whole) - 1, *range(2, len(whole), 61)]:
+        path.write_bytes(whole[:length])
+        refused(path)
+
+
+def test_files_of_another_kind_are_refused(tmp_path):
+    path = tmp_path / "ckpt_00000010.pt"
+    assert "no checkpoint" in refused(path)
+    path.mkdir()
+    refused(path)
+    path.rmdir()
+    without_optimizer = {k: v for k, v in payload().items() if k != "optimizer"}
+    for other in torch.zeros(3), {"model": {}}, [payload()], without_optimizer:
+        torch.save(other, path)
+        assert "not a checkpoint" in refused(path)
+    torch.save(payload(), path, _use_new_zipfile_serialization=False)   # has no checksums
+    refused(path)
+    path.write_text("Not a checkpoint.\n" * 100)
+    refused(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("readme.txt", "a zip file")
+    refused(path)
+
+
+@pytest.mark.parametrize("version", [{}, {"version": checkpoint.FORMAT_VERSION + 1},
+                                     {"version": "1"}], ids=str)
+def test_another_format_version_is_refused(tmp_path, version):
+    path = tmp_path / "ckpt_00000010.pt"
+    torch.save({**payload(), **version}, path)
+    assert f"version {version.get('version')}" in refused(path)
+
+
+class Payload:
+    """Runs when it is unpickled: makes a folder."""
+
+    def __init__(self, mark):
+        self.mark = str(mark)
+
+    def __reduce__(self):
+        return os.mkdir, (self.mark,)
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
+def test_nothing_in_a_checkpoint_runs(tmp_path, form):
+    path, mark = tmp_path / "ckpt_00000010.pt", tmp_path / "mark"
+    contents = {**payload(), "version": checkpoint.FORMAT_VERSION, "metrics": Payload(mark)}
+    if form == "pickle":
+        path.write_bytes(pickle.dumps(contents))
+    else:
+        torch.save(contents, path, _use_new_zipfile_serialization=form == "zip")
+    message = refused(path)
+    assert not mark.exists()
+    if form == "zip":
+        assert "could run code" in message
+        torch.load(path, weights_only=False)
+        assert mark.exists()   # the payload would have worked
+
+
+def test_the_newest_good_one_is_found_and_the_bad_ones_named(tmp_path):
+    assert checkpoint.newest_good(tmp_path) == (None, [])
+    paths = {step: Path(checkpoint.save(tmp_path, payload(step), 10)) for step in (10, 20, 30)}
+    assert checkpoint.newest_good(tmp_path) == (str(paths[30]), [])
+    paths[30].write_bytes(paths[30].read_bytes()[:-100])
+    torch.save(Payload(tmp_path / "mark"), paths[20])
+    path, messages = checkpoint.newest_good(tmp_path)
+    assert path == str(paths[10])
+    assert [str(p) in m for p, m in zip((paths[30], paths[20]), messages)] == [True, True]
+    paths[10].write_bytes(b"")
+    path, messages = checkpoint.newest_good(tmp_path)
+    assert path is None and len(messages) == 3
+    assert not (tmp_path / "mark").exists()
+
+
+def test_a_folder_with_a_run_is_not_used_again(tmp_path):
+    checkpoint.check_unused(tmp_path)
+    checkpoint.check_unused(tmp_path / "missing")
+    (tmp_path / "config.json").write_text("{}")   # of a run that wrote no checkpoint
+    checkpoint.check_unused(tmp_path)
+    checkpoint.save(tmp_path, payload(), 10)
+    with pytest.raises(UserError, match="holds a run already.*resume"):
+        checkpoint.check_unused(tmp_path)

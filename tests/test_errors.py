@@ -1,0 +1,229 @@
+"""
+Mistakes of a user, end to end: each ends in one line that names what is wrong, exit code 2, and no
+file touched. To import PyTorch once and not for each mistake, scripts run in forks of a process
+that has done so.
+"""
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import runpy
+import shutil
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from conftest import ROOT, TINY, flags, run
+
+FORKS = multiprocessing.get_context("forkserver")
+GOOD = flags(**{**TINY, "dataset": "./data", "out_dir": "new", "max_iters": 4, "warmup_iters": 1,
+                "eval_interval": 2})   # with these words nothing is wrong
+
+
+class Payload:
+    """Runs when it is unpickled: makes a folder in the working directory."""
+
+    def __reduce__(self):
+        return os.mkdir, ("mark_of_the_payload",)
+
+
+def cut(raw):
+    return raw[:len(raw) // 2]
+
+
+NEWEST, OLDER = "run/ckpt_00000004.pt", "run/ckpt_00000002.pt"
+RESUME = "--out_dir=run --init_from=resume --max_iters=6 "
+FINETUNE = "--init_from=run "
+
+# name: (what the line must name, words after GOOD, {file: its text, an edit of it or None}).
+TRAIN = {
+    "unknown flag": ("n_layers n_layer", "--n_layers=3", {}),
+    "unknown name in a file": ("c.py learningrate learning_rate", "c.py",
+                               {"c.py": "learningrate = 1e-3"}),
+    "flag of a wrong type": ("max_iters many", "--max_iters=many", {}),
+    "flag without a value": ("--seed=VALUE", "--seed", {}),
+    "file value of a wrong type": ("c.py bias yes", "c.py", {"c.py": "bias = 'yes'"}),
+    "missing config": ("nowhere.py", "nowhere.py", {}),
+    "config is a folder": ("empty", "empty", {}),
+    "syntax error in a config": ("c.py 2 SyntaxError", "c.py", {"c.py": "seed = 1\nseed = ("}),
+    "config that raises": ("c.py 1 ZeroDivisionError", "c.py", {"c.py": "seed = 1 // 0"}),
+    "missing data set": ("nowhere pystdlib", "--dataset=./nowhere", {}),
+    "unknown data set": ("nowhere pystdlib", "--dataset=nowhere", {}),
+    "no train.bin": ("data/train.bin", "", {"data/train.bin": None}),
+    "no val.bin": ("data/val.bin", "", {"data/val.bin": None}),
+    "half a token": ("train.bin 39,999", "", {"data/train.bin": lambda raw: raw[:-1]}),
+    "fewer tokens than meta.json says": ("val.bin 4,000", "", {"data/val.bin": cut}),
+    "damaged meta.json": ("data/meta.json", "", {"data/meta.json": cut}),
+    "meta.json of another kind": ("data/meta.json", "", {"data/meta.json": "[1, 2]"}),
+    "token count that is text": ("data/", "", {
+        "data/meta.json": lambda raw: raw.replace(b"20000", b'"all"')}),
+    "width and heads": ("n_embd=33 n_head=2", "--n_embd=33", {}),
+    "indivisible batch": ("total_batch_size=9 batch_size=4", "--total_batch_size=9", {}),
+    "empty Hessian batch": ("hessian_batch_size 0", "--hessian_batch_size=0", {}),
+    "warmup beyond the schedule": ("warmup_iters=41 4", "--warmup_iters=41", {}),
+    "block larger than the data": ("block_size=5000 val.bin 4,000", "--block_size=5000", {}),
+    "unknown optimizer": ("sgd sophiag", "--optimizer=sgd", {}),
+    "unknown dtype": ("float8 bfloat16", "--dtype=float8", {}),
+    "no CUDA here": ("device=cuda", "--device=cuda", {}),
+    "nccl without CUDA": ("backend=nccl", "--backend=nccl", {}),
+    "negative seed": ("seed -1", "--seed=-1", {}),
+    "seed beyond 64 bits": ("seed", f"--seed={2**70}", {}),
+    "nothing to resume": ("new init_from=scratch", "--init_from=resume", {}),
+    "only damaged checkpoints": (NEWEST, RESUME, {NEWEST: cut, OLDER: None}),
+    "auto with only damaged ones": (NEWEST[4:], "--out_dir=run --init_from=auto",
+                                    {NEWEST: cut, OLDER: None}),
+    "only a checkpoint with code": (NEWEST, RESUME, {NEWEST: Payload(), OLDER: None}),
+    "finetuning a checkpoint with code": (NEWEST, f"--init_from={NEWEST}", {NEWEST: Payload()}),
+    "finetuning only damaged ones": (NEWEST, FINETUNE, {NEWEST: cut, OLDER: cut}),
+    "finetuning nothing": ("nowhere", "--init_from=nowhere", {}),
+    "finetuning an empty folder": ("empty", "--init_from=empty", {}),
+    "finetuning another depth": ("n_layer=2", FINETUNE + "--n_layer=3", {}),
+    "finetuning a longer context": ("block_size=64 32", FINETUNE + "--block_size=64", {}),
+    "finetuning another vocabulary": ("vocabulary 65 66", FINETUNE, {
+        "data/meta.json": lambda raw: raw.replace(b": 65", b": 66")}),
+    "resuming with another optimizer": ("sophiag adamw", RESUME + "--optimizer=adamw", {}),
+    "resuming with another seed": ("seed=1337 7", RESUME + "--seed=7", {}),
+    "resuming on another data set": ("dataset ./data ./more", RESUME + "--dataset=./more", {}),
+    "damaged metrics": ("metrics.jsonl, line 1", RESUME,
+                        {"run/metrics.jsonl": lambda raw: raw[10:]}),
+    "out_dir holds a run": ("run init_from=resume", "--out_dir=run", {}),
+    "out_dir below a file": ("data/meta.json/run", "--out_dir=data/meta.json/run", {}),
+    "out_dir is a file": ("data/meta.json", "--out_dir=data/meta.json", {}),
+}
+OTHERS = {
+    "empty folder": ("sample.py", "empty", "empty", {}),
+    "missing run": ("sample.py", "nowhere", "nowhere", {}),
+    "not a checkpoint": ("sample.py", "meta.json", "data/meta.json", {}),
+    "checkpoint with code": ("sample.py", NEWEST, NEWEST, {NEWEST: Payload()}),
+    "only damaged checkpoints": ("sample.py", NEWEST, "run", {NEWEST: cut, OLDER: cut}),
+    "missing prompt file": ("sample.py", "nowhere.txt", "run --prompt=FILE:nowhere.txt", {}),
+    "negative temperature": ("sample.py", "temperature", "run --temperature=-1", {}),
+    "no CUDA for sampling": ("sample.py", "device=cuda", "run --device=cuda", {}),
+    "unknown device": ("sample.py", "device tpu", "run --device=tpu", {}),
+    "not a number": ("sample.py", "num_samples many", "run --num_samples=many", {}),
+    "no metrics": ("compare.py", "empty/metrics.jsonl", "run empty", {}),
+    "damaged records": ("compare.py", "metrics.jsonl 2", "run",
+                        {"run/metrics.jsonl": lambda raw: b"{}\n{\n" + raw}),
+    "no settings": ("compare.py", "config.json", "run", {"run/config.json": None}),
+    "damaged settings": ("compare.py", "config.json", "run", {"run/config.json": cut}),
+}
+
+
+def script_main(script, words, output):
+    """In a fork: what `python script words` does, with stdout and stderr into files."""
+    for number, path in zip((1, 2), output):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    sys.argv = [str(ROOT / script), *words]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+@pytest.fixture(scope="module")
+def fork(tmp_path_factory):
+    """fork(script, words) -> (exit code, stdout, stderr), in the working directory."""
+    FORKS.set_forkserver_preload(["pytest", "train", "sample", "compare"])
+    with mock.patch.dict(os.environ, PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES="",
+                         OMP_NUM_THREADS="1"):
+        multiprocessing.forkserver.ensure_running()
+
+    def call(script, words):
+        output = [tmp_path_factory.mktemp("output") / name for name in ("stdout", "stderr")]
+        process = FORKS.Process(target=script_main, args=(script, words, output))
+        process.start()
+        process.join(120)
+        return process.exitcode, *(path.read_text() for path in output)
+    return call
+
+
+@pytest.fixture(scope="module")
+def good_place(tmp_path_factory, tiny_data):
+    """A folder with data/ and more/, data sets, empty/, and run/, a run with two checkpoints."""
+    place = tmp_path_factory.mktemp("good") / "place"
+    for name in "data", "more":
+        shutil.copytree(tiny_data, place / name)
+    (place / "empty").mkdir()
+    done = run("train.py", *GOOD, "--out_dir=run", cwd=place)
+    assert done.returncode == 0, done.stderr
+    return place
+
+
+@pytest.fixture
+def place(good_place, tmp_path, monkeypatch):
+    """A copy of good_place, as the working directory."""
+    shutil.copytree(good_place, tmp_path / "place")
+    monkeypatch.chdir(tmp_path / "place")
+    return Path()
+
+
+def make_mistake(place, edits):
+    for name, edit in edits.items():
+        path = place / name
+        if edit is None:
+            path.unlink()
+        elif isinstance(edit, str):
+            path.write_text(edit)
+        elif callable(edit):
+            path.write_bytes(edit(path.read_bytes()))
+        else:
+            torch.save(edit, path)
+
+
+def snapshot(place):
+    return {str(path): path.is_file() and path.read_bytes() for path in place.rglob("*")}
+
+
+def check(script, result, named):
+    """That result = (exit code, stdout, stderr) is a refusal that names all of named."""
+    code, stdout, stderr = result
+    assert "Traceback" not in stdout + stderr, stderr
+    assert stderr.startswith(f"{script}: error: ") and stderr.count("\n") == 1, stderr
+    assert code == 2
+    assert all(word in stderr for word in named.split()), stderr
+
+
+@pytest.mark.parametrize("mistake", TRAIN)
+def test_train(fork, place, mistake):
+    named, words, edits = TRAIN[mistake]
+    make_mistake(place, edits)
+    before = snapshot(place)
+    check("train.py", fork("train.py", [*GOOD, *words.split()]), named)
+    assert snapshot(place) == before
+
+
+@pytest.mark.parametrize("mistake", OTHERS)
+def test_sample_and_compare(fork, place, mistake):
+    script, named, words, edits = OTHERS[mistake]
+    make_mistake(place, edits)
+    before = snapshot(place)
+    check(script, fork(script, words.split()), named)
+    assert snapshot(place) == before
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_token_beyond_the_vocabulary(fork, place, split):
+    """Found when it is read, so the new run has begun; nothing that was there is touched."""
+    path = place / "data" / f"{split}.bin"
+    path.write_bytes(b"\x41\x00" * (path.stat().st_size // 2))   # 65, where ids end at 64
+    before = snapshot(place)
+    check("train.py", fork("train.py", GOOD), f"{split}.bin 65")
+    assert before.items() <= snapshot(place).items()
+    assert not list(place.glob("new/ckpt_*"))
+
+
+@pytest.mark.parametrize("script, words, named", [
+    ("train.py", "--seeds=1", "seeds"), ("sample.py", "nowhere", "nowhere"),
+    ("compare.py", "nowhere", "nowhere")])
+def test_a_fork_says_what_a_process_of_its_own_says(fork, script, words, named):
+    done = run(script, words)
+    check(script, (done.returncode, done.stdout, done.stderr), named)
+    assert fork(script, [words]) == (done.returncode, done.stdout, done.stderr)
+
+
+@pytest.mark.parametrize("words, end", [("", "at step 4"), (RESUME, "at step 6"),
+                                        (FINETUNE, "at step 4")])
+def test_what_the_mistakes_are_made_in_is_good(fork, place, words, end):
+    """Else each test above could pass for another reason."""
+    code, stdout, stderr = fork("train.py", [*GOOD, *words.split()])
+    assert (code, stderr) == (0, "") and f"finished {end}" in stdout
+    assert fork("sample.py", ["run", "--prompt=!", "--max_new_tokens=1"])[::2] == (0, "")
+    assert fork("compare.py", ["run"])[::2] == (0, "")

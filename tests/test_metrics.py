@@ -1,0 +1,171 @@
+"""
+What a run records: metrics.jsonl, the same numbers in wandb, its log lines, and the stop at a loss
+that is not finite. One run with wandb, resumed once, serves most tests.
+"""
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, TINY, flags, records, run, train
+
+import checkpoint
+from configurator import UserError
+from metrics import read_metrics
+
+CLIP = 0.75   # about the middle of this run's gradient norms
+RUN = dict(max_iters=20, eval_interval=10, hessian_interval=5, lr_decay_iters=30, grad_clip=CLIP)
+WANDB_KEYS = {"iter", "tokens", "lr", "train/loss", "train/win_rate", "train/clip_rate",
+              "grad_norm", "param_norm", "momentum_norm", "hessian_norm"}
+
+
+@pytest.fixture(scope="module")
+def logged(tmp_path_factory, tiny_data):
+    """A run of 20 steps with wandb, resumed to 30: (run directory, output of both)."""
+    out = tmp_path_factory.mktemp("runs") / "blue"
+    output = train(out, tiny_data, **RUN, wandb_log=True)
+    resume = {**RUN, "max_iters": 30, "init_from": "resume", "wandb_log": True}
+    return out, output + train(out, tiny_data, **resume)
+
+
+@pytest.fixture(scope="module")
+def wandb_runs(logged):
+    """The records that wandb keeps of the two sessions, by kind: [{kind: [record, ...]}]."""
+    sessions = []
+    for path in sorted(logged[0].glob("wandb/offline-run-*/run-*.wandb")):
+        inspect = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json", path]
+        lines = subprocess.run(inspect, capture_output=True, text=True, check=True).stdout
+        found = {}
+        for record in map(json.loads, lines.splitlines()):
+            kind = record["type"]
+            found.setdefault(kind, []).append(record[kind])
+        sessions.append(found)
+    return sorted(sessions, key=lambda found: found["run"][0]["start_time"])
+
+
+def test_wandb_gets_what_metrics_jsonl_gets(logged, wandb_runs):
+    assert len(wandb_runs) == 2
+    history = [{k: v for k, v in record["item"].items() if not k.startswith("_")}
+               for found in wandb_runs for record in found["history"]]
+    assert history == read_metrics(logged[0] / "metrics.jsonl")
+    training = [record for record in history if "train/loss" in record]
+    assert [record["iter"] for record in training] == list(range(1, 31))
+    assert all(record.keys() >= WANDB_KEYS for record in training)
+    evaluations = [record for record in history if "val/loss" in record]
+    assert [record["iter"] for record in evaluations] == [0, 10, 20, 30]
+    assert all(record["tokens"] == record["iter"] * 8 * 32 for record in history)
+
+
+def test_wandb_knows_which_run_this_is(logged, wandb_runs):
+    first, second = (found["run"][0] for found in wandb_runs)
+    assert first["run_id"] == second["run_id"]
+    assert (first["display_name"], first["run_group"]) == ("blue", "tiny-2x32-32")
+    assert first["project"] == "sophia-gpt2"
+    config = first["config"]["update"]
+    resolved = json.loads((logged[0] / "config.json").read_text())
+    assert {**resolved, **config}.keys() == {*resolved, "git_commit", "_wandb"}
+    for name, value in {**TINY, **RUN, "compile": "False", "beta1": 0.965, "min_lr": 1e-4}.items():
+        assert config[name] == value
+    head = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True,
+                          text=True)
+    assert (config["git_commit"] or "").removesuffix("-dirty") == head.stdout.strip()
+
+
+def test_numbers_are_of_a_plausible_size(logged):
+    assert len(records(logged[0])) == 30
+    for record in records(logged[0]):
+        assert 0 < record["train/loss"] < math.log(128) + 0.5
+        assert 0 < record["grad_norm"] < 10 and 0 < record["momentum_norm"] < 10
+        assert 10 < record["param_norm"] < 20
+        assert 0 <= record["train/win_rate"] <= 1
+        # The Hessian is first estimated after step 5, and the record of step 5 is made after it.
+        assert (record["hessian_norm"] > 0) == (record["iter"] >= 5)
+        assert record["hessian_norm"] > 0 or record["train/win_rate"] == 0
+        assert record["tokens_per_sec"] > 0
+    evaluations = records(logged[0], "val/loss")
+    assert evaluations[-1]["val/loss"] < evaluations[0]["val/loss"]
+    assert all(0 < record["val/loss_stderr"] < 0.1 for record in evaluations)
+
+
+def test_clip_rate_is_the_share_of_clipped_steps(logged, tiny_data, tmp_path):
+    clipped = [float(record["grad_norm"] > CLIP) for record in records(logged[0])]
+    assert 3 < sum(clipped) < 27   # else the test would see nothing
+    assert [record["train/clip_rate"] for record in records(logged[0])] == clipped
+    train(tmp_path, tiny_data, **RUN, log_interval=4)   # the same run, logged less often
+    rates = [sum(clipped[i:i + 4]) / 4 for i in range(0, 20, 4)]
+    assert [record["train/clip_rate"] for record in records(tmp_path)] == rates
+    assert [record["iter"] for record in records(tmp_path)] == [4, 8, 12, 16, 20]
+    same = "train/loss", "grad_norm", "lr", "param_norm", "train/win_rate"
+    for sparse, dense in zip(records(tmp_path), records(logged[0])[3::4]):
+        assert all(sparse[name] == dense[name] for name in same)
+
+
+def test_log_lines(logged):
+    lines = logged[1].splitlines()
+    pattern = (r"step (\d+)/(20|30) \| loss (\d\.\d{4}) \| lr (\d\.\d\de-0\d) \| "
+               r"win_rate ([01]\.\d{3}) \| grad_norm (\d\.\d\d) \| [\d,]+ tok/s \| "
+               r"eta \d:\d\d:\d\d")
+    found = [match.groups() for line in lines if (match := re.fullmatch(pattern, line))]
+    assert found == [
+        (str(r["iter"]), "20" if r["iter"] <= 20 else "30", f"{r['train/loss']:.4f}",
+         f"{r['lr']:.2e}", f"{r['train/win_rate']:.3f}", f"{r['grad_norm']:.2f}")
+        for r in records(logged[0])]
+    for r in records(logged[0], "val/loss"):
+        assert any(line.startswith(f"step {r['iter']}/") and f"val loss {r['val/loss']:.4f}" in line
+                   for line in lines)
+    assert "finished at step 30" in lines[-1]
+
+
+def test_adamw_has_no_win_rate_and_no_hessian(tiny_data, tmp_path):
+    output = train(tmp_path, tiny_data, optimizer="adamw", max_iters=5, log_interval=5)
+    record, = records(tmp_path)
+    assert not {"train/win_rate", "hessian_norm"} & record.keys()
+    assert record.keys() >= WANDB_KEYS - {"train/win_rate", "hessian_norm"}
+    assert "| win_rate" not in output and "Hessian:" not in output
+    assert not (tmp_path / "wandb").exists()
+
+
+def strict(text):
+    """JSON without the NaN and Infinity that Python reads but others do not."""
+    def no_constant(name):
+        raise AssertionError(f"{name} in {text}")
+    return json.loads(text, parse_constant=no_constant)
+
+
+@pytest.mark.parametrize("seen_by", ["log line", "evaluation"])
+def test_a_loss_that_is_not_finite_stops_the_run(logged, tiny_data, tmp_path, seen_by):
+    before = {path.name: path.read_bytes() for path in logged[0].glob("ckpt_*")}
+    assert sorted(before) == ["ckpt_00000020.pt", "ckpt_00000030.pt"]
+    for path in [*logged[0].glob("ckpt_*"), logged[0] / "metrics.jsonl"]:
+        shutil.copy(path, tmp_path)
+    # Step 31 moves the weights so far that the loss of step 32 is not a number. Who looks next?
+    looks = dict(log_interval=5, eval_interval=50)
+    if seen_by == "evaluation":
+        looks = dict(log_interval=50, eval_interval=5)
+    done = run("train.py", *flags(**{
+        **TINY, "dataset": tiny_data, "out_dir": tmp_path, "init_from": "resume", "max_iters": 50,
+        "learning_rate": 1e30, "grad_clip": 0, "warmup_iters": 0, **looks}))
+    assert done.returncode == 2
+    assert re.fullmatch(r"train\.py: error: .* not finite at step 32\b.*\n", done.stderr)
+    assert "Traceback" not in done.stdout
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("ckpt_*")} == before
+    assert checkpoint.load(checkpoint.newest_good(tmp_path)[0])["step"] == 30
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        assert strict(line)["iter"] <= 31
+
+
+def test_reading_metrics(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert read_metrics(path) == []
+    whole = '{"iter": 1, "train/loss": 4.5}\n{"iter": 2, "train/loss": 4.25}\n'
+    expected = [{"iter": 1, "train/loss": 4.5}, {"iter": 2, "train/loss": 4.25}]
+    for torn in "", '{"iter": 3, "train/lo', "{":
+        path.write_text(whole + torn)
+        assert read_metrics(path) == expected
+    path.write_text('{"iter": 0}\n{"iter": 1, "tr\n' + whole)
+    with pytest.raises(UserError, match="metrics.jsonl, line 2 is damaged"):
+        read_metrics(path)

@@ -1,0 +1,271 @@
+"""The trainer as a user runs it: ranks, resume, precisions, the Hessian estimate over ranks."""
+import json
+import signal
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, command, flags, records, run, train, write_data
+from gnb_estimates import build
+from test_model import exact_gauss_newton_diagonal
+
+import checkpoint
+import lion
+import sophia
+
+OPTIMIZERS = ("sophiag", "adamw", "lion")
+TIMES = {"seconds", "tokens_per_sec", "mfu"}
+
+
+def without_times(found):
+    return [{k: v for k, v in r.items() if k not in TIMES} for r in found]
+
+
+def all_records(out_dir):
+    return without_times(records(out_dir, "iter"))
+
+
+# ---------------------------------------------------------------- ranks
+
+@pytest.fixture(scope="module")
+def one_and_two_ranks(tiny_data, tmp_path_factory):
+    """Run directories of 30 steps by each optimizer with 1 and with 2 ranks."""
+    folder = tmp_path_factory.mktemp("ranks")
+    for optimizer in OPTIMIZERS:
+        for ranks in 1, 2:
+            train(folder / f"{optimizer}-{ranks}", tiny_data, ranks=ranks, optimizer=optimizer,
+                  max_iters=30, batch_size=2, eval_interval=30)
+    return folder
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_one_and_two_ranks_give_the_same_losses(one_and_two_ranks, optimizer):
+    one, two = (records(one_and_two_ranks / f"{optimizer}-{n}") for n in (1, 2))
+    assert len(one) == len(two) == 30
+    losses = np.array([[r["train/loss"] for r in run] for run in (one, two)])
+    assert losses[0, 0] - losses[0, -1] > 0.1   # it learns, so the comparison means something
+    assert np.abs(losses[0] - losses[1]).max() < 1e-5
+    if optimizer == "sophiag":   # the Hessian is used from step 11 on, with labels drawn by sample
+        assert one[-1]["train/win_rate"] > 0.01
+        norms = np.array([[r["hessian_norm"] for r in run[9:]] for run in (one, two)])
+        assert np.abs(norms[0] / norms[1] - 1).max() < 1e-4
+    val = [records(one_and_two_ranks / f"{optimizer}-{n}", "val/loss")[-1] for n in (1, 2)]
+    assert abs(val[0]["val/loss"] - val[1]["val/loss"]) < 1e-5
+    assert abs(val[0]["val/loss_stderr"] - val[1]["val/loss_stderr"]) < 1e-5
+
+
+def test_all_optimizers_start_from_the_same_weights(one_and_two_ranks):
+    """The first evaluation and the first step's loss come before any update."""
+    firsts = {(records(one_and_two_ranks / f"{name}-1", "val/loss")[0]["val/loss"],
+               records(one_and_two_ranks / f"{name}-1")[0]["train/loss"]) for name in OPTIMIZERS}
+    assert len(firsts) == 1
+
+
+@pytest.fixture(scope="module")
+def gnb(tmp_path_factory):
+    """Mean and standard error of many estimates by the trainer: 1 rank x 4 micro-steps, 2 ranks x
+    2, and 2 ranks whose noise is the same. All windows are alike, so one exact diagonal fits."""
+    folder = tmp_path_factory.mktemp("gnb")
+    data = write_data(folder / "constant", [7] * 400, [7] * 100, vocab_size=64)
+    found = {}
+    for name, ranks in ("one", 1), ("two", 2), ("shared", 2):
+        out = folder / f"{name}.npz"
+        done = run("tests/gnb_estimates.py", data, out, 800, *(["shared"] * (name == "shared")),
+                   ranks=ranks, PYTHONPATH=str(ROOT))
+        assert done.returncode == 0, done.stderr
+        found[name] = dict(np.load(out))
+    exact = exact_gauss_newton_diagonal(build(), torch.full((1, 4), 7))
+    return found, exact.double().numpy()
+
+
+@pytest.mark.parametrize("name", ["one", "two"])
+def test_hessian_estimate_is_unbiased_over_micro_steps_and_ranks(gnb, name):
+    found, exact = gnb
+    mean, error = found[name]["mean"], found[name]["error"]
+    used = exact > exact.max() * 1e-4
+    z = ((mean - exact) / error)[used]
+    assert used.sum() > 300
+    assert abs(mean.sum() / exact.sum() - 1) < 0.1
+    assert np.abs(z).max() < 6 and abs(z.mean()) < 1
+
+
+def test_estimates_with_one_and_two_ranks_are_the_same_and_shared_noise_doubles_them(gnb):
+    """Labels belong to samples, so ranks do not change them. Were they drawn with one noise on both
+    ranks, as by generators seeded alike, the estimate would be twice as large."""
+    found, exact = gnb
+    np.testing.assert_allclose(found["one"]["mean"], found["two"]["mean"], rtol=1e-3,
+                               atol=exact.max() * 1e-5)
+    assert abs(found["shared"]["mean"].sum() / exact.sum() / 2 - 1) < 0.1
+
+
+# ---------------------------------------------------------------- stop and resume
+
+def start(out_dir, data, **settings):
+    words = flags(**{**TINY, "dataset": data, "out_dir": out_dir, **settings})
+    return subprocess.Popen(command("train.py", *words), stdout=subprocess.PIPE, text=True,
+                            stderr=subprocess.STDOUT)
+
+
+def read_until(process, text):
+    for line in process.stdout:
+        if text in line:
+            return
+    raise AssertionError(f"{text!r} was never printed")
+
+
+# Dropout, so that its random numbers must be resumed too. log_interval 3 does not divide 20, so
+# that what accumulates between two log lines must be.
+RESUMED = dict(dropout=0.1, log_interval=3, eval_interval=10, grad_clip=0.5)
+
+
+def interrupted(out_dir, data, optimizer, how):
+    """Stop a run at step 20 of 40 and resume it; returns the output of the second part."""
+    settings = {**RESUMED, "optimizer": optimizer}
+    process = start(out_dir, data, **settings)
+    if how == "TERM":
+        read_until(process, "step 18/")
+        process.send_signal(signal.SIGTERM)
+        rest = process.communicate(timeout=120)[0]
+        assert process.returncode == 0 and "stopped by a signal" in rest, rest
+    else:
+        read_until(process, "step 27/")   # 20 has been saved, later steps are logged and lost
+        process.kill()
+        process.communicate(timeout=120)
+    return train(out_dir, data, init_from="resume", **settings)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(tiny_data, tmp_path, optimizer):
+    with ThreadPoolExecutor(2) as pool:
+        whole = pool.submit(train, tmp_path / "whole", tiny_data, optimizer=optimizer, **RESUMED)
+        ways = {how: pool.submit(interrupted, tmp_path / how, tiny_data, optimizer, how)
+                for how in ("TERM", "KILL")}
+    whole.result()
+    wanted = all_records(tmp_path / "whole")
+    final = checkpoint.load(checkpoint.path_of(tmp_path / "whole", 40))
+    assert [r["iter"] for r in wanted if "train/loss" in r] == list(range(3, 40, 3))
+    for how, future in ways.items():
+        assert "resuming from" in future.result()
+        assert all_records(tmp_path / how) == wanted
+        resumed = checkpoint.load(checkpoint.path_of(tmp_path / how, 40))
+        for name, tensor in final["model"].items():
+            assert torch.equal(tensor, resumed["model"][name]), name
+        for ours, theirs in zip(final["optimizer"]["state"].values(),
+                                resumed["optimizer"]["state"].values()):
+            assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_two_ranks_stop_after_the_same_step_and_resume(tiny_data, tmp_path):
+    settings = {**TINY, "dataset": tiny_data, "out_dir": tmp_path / "two", **RESUMED}
+    process = subprocess.Popen(command("train.py", *flags(**settings), ranks=2), text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    read_until(process, "step 12/")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    train(tmp_path / "two", tiny_data, ranks=2, init_from="auto", **RESUMED)
+    train(tmp_path / "whole", tiny_data, ranks=2, **RESUMED)
+    assert all_records(tmp_path / "two") == all_records(tmp_path / "whole")
+
+
+def test_resuming_a_finished_run_changes_nothing(tiny_data, tmp_path):
+    train(tmp_path, tiny_data, max_iters=4)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    output = train(tmp_path, tiny_data, max_iters=4, init_from="auto")
+    assert "finished at step 4" in output
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_auto_starts_from_scratch_where_there_is_nothing(tiny_data, tmp_path):
+    assert "finished at step 2" in train(tmp_path / "new", tiny_data, max_iters=2,
+                                         init_from="auto")
+
+
+def test_damaged_newest_checkpoint_falls_back_to_the_one_before(tiny_data, tmp_path):
+    train(tmp_path, tiny_data)
+    wanted = all_records(tmp_path)
+    newest = tmp_path / "ckpt_00000040.pt"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    output = train(tmp_path, tiny_data, init_from="resume")
+    assert "ckpt_00000040.pt" in output and "falling back" in output
+    assert f"resuming from {tmp_path}/ckpt_00000020.pt" in output
+    assert all_records(tmp_path) == wanted
+
+
+# ---------------------------------------------------------------- other ways to run
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_low_precision_follows_float32(tiny_data, tmp_path, dtype):
+    settings = dict(max_iters=30, eval_interval=30, hessian_interval=5)
+    train(tmp_path / "float32", tiny_data, **settings)
+    assert dtype in train(tmp_path / dtype, tiny_data, dtype=dtype, **settings)
+    ours, wanted = (records(tmp_path / d) for d in (dtype, "float32"))
+    for a, b in zip(ours, wanted):
+        assert abs(a["train/loss"] - b["train/loss"]) < 0.05
+    assert ours[-1]["hessian_norm"] == pytest.approx(wanted[-1]["hessian_norm"], rel=0.1)
+
+
+def test_compiled_follows_eager(tiny_data, tmp_path):
+    settings = dict(max_iters=12, eval_interval=12)
+    train(tmp_path / "eager", tiny_data, **settings)
+    assert "compiled" in train(tmp_path / "compiled", tiny_data, **{**settings, "compile": True})
+    for a, b in zip(records(tmp_path / "compiled"), records(tmp_path / "eager")):
+        assert a["train/loss"] == pytest.approx(b["train/loss"], abs=1e-4)
+
+
+def test_start_lines_spell_the_batch_out(tiny_data, tmp_path):
+    output = train(tmp_path, tiny_data, max_iters=1, batch_size=2, total_batch_size=12, ranks=2,
+                   n_layer=1)
+    assert ("12 sequences = 384 tokens a step = 2 ranks x batch_size 2 x 3 micro-steps; Hessian: "
+            "6 sequences every 10 steps") in output
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["hessian_batch_size"] == 6 and config["beta1"] == 0.965
+
+
+def test_ragged_hessian_micro_batches_weigh_sequences_equally(tiny_data, tmp_path):
+    """6 sequences as micro-batches of 4 + 2 or of 1: the same estimate."""
+    for size in 4, 1:
+        train(tmp_path / str(size), tiny_data, max_iters=20, batch_size=size, hessian_batch_size=6)
+    a, b = (records(tmp_path / str(size))[-1] for size in (4, 1))
+    assert a["hessian_norm"] == pytest.approx(b["hessian_norm"], rel=1e-4)
+
+
+def test_eval_only_reports_and_writes_nothing(tiny_data, tmp_path):
+    train(tmp_path, tiny_data, max_iters=3)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    output = train(tmp_path, tiny_data, max_iters=3, init_from="resume", eval_only=True)
+    assert f"val loss {records(tmp_path, 'val/loss')[-1]['val/loss']:.4f}" in output
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_finetuning_starts_from_the_weights_of_a_run_or_a_file(tiny_data, tmp_path):
+    train(tmp_path / "base", tiny_data)
+    last = records(tmp_path / "base", "val/loss")[-1]["val/loss"]
+    for source in tmp_path / "base", tmp_path / "base" / "ckpt_00000040.pt":
+        out = tmp_path / f"from-{source.suffix[1:]}"
+        train(out, tiny_data, init_from=source, optimizer="adamw", max_iters=2)
+        assert records(out, "val/loss")[0]["val/loss"] == pytest.approx(last, abs=1e-6)
+    output = train(tmp_path / "short", tiny_data, init_from=tmp_path / "base", block_size=16,
+                   max_iters=1)
+    assert "finished at step 1" in output
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_gpt2_small_configs_start_on_a_cpu(tiny_data, tmp_path, optimizer):
+    done = run("train.py", ROOT / f"config/train_gpt2_small_{optimizer}.py", f"--dataset={tiny_data}",
+               f"--out_dir={tmp_path}", "--wandb_log=False", "--compile=False", "--device=cpu",
+               "--batch_size=1", "--total_batch_size=2", "--max_iters=3", "--block_size=128",
+               "--log_interval=1", OMP_NUM_THREADS="2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "finished at step 3" in done.stdout
+    assert len(records(tmp_path)) == 3
+
+
+def test_optimizer_files_stand_alone():
+    """They are made to be copied: nothing of ours is imported."""
+    for module in sophia, lion:
+        source = open(module.__file__).read()
+        imported = {line.split()[1].split(".")[0] for line in source.splitlines()
+                    if line.startswith(("import ", "from "))}
+        assert imported <= {"torch", "warnings"}

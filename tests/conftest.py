@@ -14,8 +14,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # Small enough for a step in milliseconds; context 32, 8 sequences a step.
 TINY = dict(n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=4, total_batch_size=8,
-            max_iters=40, warmup_iters=5, eval_interval=20, eval_iters=2, log_interval=1,
-            learning_rate=1e-3, device="cpu", compile=False)
+            max_iters=40, warmup_iters=5, lr_decay_iters=40, eval_interval=20, eval_iters=2,
+            log_interval=1, learning_rate=1e-3, device="cpu", compile=False)
 
 
 def flags(**settings):
@@ -30,10 +30,14 @@ def command(script, *words, ranks=1):
     return [*run, str(ROOT / script), *map(str, words)]
 
 
+def environment(**changes):
+    """One thread, since sums over another number of threads are not bitwise the same."""
+    return {**os.environ, "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1", **changes}
+
+
 def run(script, *words, ranks=1, cwd=ROOT, timeout=300, **env):
     """Run a script to its end: a CompletedProcess with text output."""
-    environment = {**os.environ, "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1", **env}
-    return subprocess.run(command(script, *words, ranks=ranks), cwd=cwd, env=environment,
+    return subprocess.run(command(script, *words, ranks=ranks), cwd=cwd, env=environment(**env),
                           capture_output=True, text=True, timeout=timeout)
 
 

@@ -36,22 +36,14 @@ def check_unused(run_dir):
                         f"with --init_from=resume, or choose another --out_dir")
 
 
-def write_config(run_dir, text):
-    """Make the run directory and write its config.json."""
-    try:
-        os.makedirs(run_dir, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make out_dir {run_dir}: {error.strerror}") from None
-    write_atomically(os.path.join(run_dir, "config.json"), lambda file: file.write(text.encode()))
-
-
 def write_atomically(path, write):
     """
     Call write(file) on a temporary file beside path, flush it to the disk, and only then give it
-    path's name. On failure path is as before, and UserError says why.
+    path's name. Makes path's folder. On failure path is as before, and UserError says why.
     """
     temporary = f"{path}.tmp"
     try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
@@ -90,16 +82,16 @@ def load(path):
         if damaged is not None:
             raise UserError(f"{path} is damaged: bad checksum in {damaged}")
         payload = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise UserError(f"there is no checkpoint {path}") from None
-    except (zipfile.BadZipFile, EOFError, NotImplementedError):
-        raise UserError(f"{path} is damaged or not a checkpoint") from None
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"cannot read checkpoint {path}: {error.strerror}") from None
     except pickle.UnpicklingError:
         raise UserError(f"{path} is refused: it holds more than tensors and plain values, and "
                         f"loading it could run code") from None
-    except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"cannot read {path}: {reason}") from None
+    except Exception as error:   # what a damaged archive raises depends on the damaged byte
+        raise UserError(f"{path} is damaged or not a checkpoint "
+                        f"({type(error).__name__})") from None
     if not isinstance(payload, dict) or any(key not in payload for key in KEYS):
         raise UserError(f"{path} is not a checkpoint of train.py")
     if payload.get("version") != FORMAT_VERSION:
@@ -110,14 +102,16 @@ def load(path):
 
 def newest_good(run_dir):
     """
-    (path, messages): the newest checkpoint that can be loaded, or None, and a line for each newer
-    one that cannot.
+    (path, problems): the newest checkpoint that can be loaded, and a line for each newer one that
+    cannot. (None, []) if there are no checkpoints; UserError if there are only bad ones.
     """
-    messages = []
+    problems = []
     for path in list_checkpoints(run_dir):
         try:
             load(path)
-            return path, messages
+            return path, problems
         except UserError as error:
-            messages.append(f"{error}; falling back to the previous checkpoint")
-    return None, messages
+            problems.append(str(error))
+    if problems:
+        raise UserError(f"no checkpoint in {run_dir} can be loaded: {problems[0]}")
+    return None, []

@@ -6,6 +6,7 @@ Settings: the one list of knobs, and how config files and --key=value fill it.
 A config file is plain Python assignments, run in a namespace of its own: it is your own code, run
 as such. --key=value never evaluates anything.
 """
+import argparse
 import dataclasses
 import difflib
 import json
@@ -42,6 +43,16 @@ def run_script(main):
         sys.exit(2)
 
 
+class ArgumentParser(argparse.ArgumentParser):
+    """For scripts with a few options of their own: argparse, with our kind of error."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        raise UserError(f"{message}; see --help")
+
+
 def knob(default, meaning):
     return field(default=default, metadata={"meaning": meaning})
 
@@ -54,7 +65,7 @@ class TrainConfig:
                           "a checkpoint or run directory to finetune")
     seed: int = knob(1337, "initial weights, order of the data, label noise and dropout")
     eval_interval: int = knob(1000, "steps between evaluations, each followed by a checkpoint")
-    eval_iters: int = knob(10, "evaluation batches of total_batch_size sequences; 0: all of val.bin")
+    eval_iters: int = knob(10, "evaluation batches, of total_batch_size sequences; 0: all of val")
     eval_only: bool = knob(False, "evaluate once and stop")
     log_interval: int = knob(10, "steps between log lines")
     wandb_log: bool = knob(False, "log to Weights & Biases as well")
@@ -141,9 +152,9 @@ def _checked(name, value, where):
     allowed = _allowed(name)
     if name == "compile" and isinstance(value, bool):
         return str(value)
-    if float in allowed and type(value) is int:
+    if float in allowed and type(value) is int and abs(value) < 2**63:
         value = float(value)
-    if type(value) not in allowed:
+    if type(value) not in allowed or (isinstance(value, str) and "\0" in value):
         raise UserError(f"{where}: {name} takes {_type_name(name)}, got {value!r}")
     if type(value) is float and not math.isfinite(value):
         raise UserError(f"{where}: {name} must be finite, got {value}")
@@ -179,13 +190,14 @@ def _read_file(path):
     namespace = {"__file__": path}
     try:
         exec(compile(source, path, "exec"), namespace)
-    except Exception as error:   # the user's own code: whatever it raises is theirs to read
+    except (Exception, SystemExit) as error:   # the user's own code can raise anything
         line = getattr(error, "lineno", None)
         trace = error.__traceback__
         while trace is not None:
             line = trace.tb_lineno if trace.tb_frame.f_code.co_filename == path else line
             trace = trace.tb_next
-        raise UserError(f"{path}, line {line}: {type(error).__name__}: {error}") from None
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}, line {line}: {type(error).__name__}: {reason}") from None
     ignored = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
     settings = {}
     for name, value in namespace.items():
@@ -250,6 +262,8 @@ def resolve(cfg, world_size=1):
                  "weight_decay", "grad_clip", "rho"):
         if getattr(cfg, name) < 0:
             raise UserError(f"{name} must not be negative, got {getattr(cfg, name)}")
+    if cfg.seed >= 2**63:
+        raise UserError(f"seed must be below 2**63, got {cfg.seed}")
     for name in ("dropout", "beta1", "beta2"):
         if not 0 <= getattr(cfg, name) < 1:
             raise UserError(f"{name} must be in [0, 1), got {getattr(cfg, name)}")

@@ -33,7 +33,8 @@ def load_meta(data_dir):
             meta = json.load(file)
         fits = (type(meta["vocab_size"]) is int and 0 < meta["vocab_size"] < 2**31
                 and meta["dtype"] in ("uint16", "uint32") and type(meta["tokenizer"]) is str
-                and type(meta["eot_id"]) is int and 0 <= meta["eot_id"] < meta["vocab_size"])
+                and type(meta["eot_id"]) is int and 0 <= meta["eot_id"] < meta["vocab_size"]
+                and all(type(meta.get(f"{s}_tokens", 0)) is int for s in ("train", "val")))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); "
                         f"run prepare.py again") from None

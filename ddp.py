@@ -50,7 +50,7 @@ def join(device="auto", backend="auto"):
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
                  "cpu": True}
     kind = next(k for k in available if available[k]) if device == "auto" else device
-    if not available[kind]:
+    if not available.get(kind):
         raise UserError(f"device={kind} is not available on this machine; use --device=auto")
     if backend == "nccl" and kind != "cuda":
         raise UserError(f"backend=nccl needs CUDA, this rank has {kind}; use --backend=auto")
@@ -143,13 +143,23 @@ def largest(number):
     return value.item()
 
 
-def from_main(value):
-    """Rank 0's value, a small Python object, on every rank."""
-    if dist.is_initialized():
-        box = [value]
-        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
-        value = box[0]
-    return value
+def from_main(function):
+    """
+    What function() returns, a small Python object, or the UserError it raises, on rank 0: handed to
+    every rank. Only rank 0 calls it.
+    """
+    if not dist.is_initialized():
+        return function()
+    box = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = function()
+        except UserError as error:
+            box[1] = str(error)
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    if box[1] is not None:
+        raise UserError(box[1])
+    return box[0]
 
 
 def seed_step(seed, step, rank):

@@ -3,6 +3,7 @@ Metrics: one record -> a console line, a line of metrics.jsonl, wandb. Also what
 two log lines: clipped steps, time, the first step that was not finite.
 """
 import json
+import math
 import os
 import subprocess
 import time
@@ -13,7 +14,7 @@ import torch
 
 import ddp
 from checkpoint import write_atomically
-from configurator import ROOT, UserError
+from configurator import ROOT, UserError, to_json
 
 # Dense bfloat16/float16 tensor-core peaks in FLOP/s, from NVIDIA's data sheets.
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12,
@@ -62,14 +63,20 @@ class Metrics:
         path = os.path.join(self.cfg.out_dir, "metrics.jsonl")
         # Records after the checkpoint that a run resumes from will be made again.
         old = read_metrics(path) if step else []
-        kept = [json.dumps(r) + "\n" for r in old if r["iter"] <= step]
-        write_atomically(path, lambda file: file.write("".join(kept).encode()))
+        kept = "".join(json.dumps(r) + "\n" for r in old if r["iter"] <= step)
+        config = to_json(self.cfg)
+        write_atomically(os.path.join(self.cfg.out_dir, "config.json"),
+                         lambda file: file.write(config.encode()))
+        write_atomically(path, lambda file: file.write(kept.encode()))
         self.file = open(path, "a", encoding="utf-8")
         if self.cfg.wandb_log:
             self._open_wandb()
 
     def _open_wandb(self):
-        import wandb  # imported only when asked for: it is slow to import
+        try:
+            import wandb  # only when asked for: importing it takes a second
+        except ImportError:
+            raise UserError("wandb_log=True needs the package wandb: pip install wandb") from None
         try:
             self.wandb = wandb.init(
                 project=self.cfg.wandb_project, name=self.cfg.wandb_run_name, group=self.cfg.group,
@@ -142,6 +149,9 @@ class Metrics:
         self._write(step, record, " | ".join(parts + [f"eta {left}"]))
 
     def log_eval(self, step, val_loss, stderr):
+        """Record an evaluation."""
+        if not math.isfinite(val_loss):
+            raise UserError(f"validation loss is {val_loss} at step {step}; nothing was saved")
         self._write(step, {"val/loss": val_loss, "val/loss_stderr": stderr},
                     f"step {step}/{self.cfg.max_iters} | val loss {val_loss:.4f} +- {stderr:.4f}")
 
@@ -177,8 +187,11 @@ def read_metrics(path):
         lines = file.read().splitlines()
     for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
-            if number < len(lines):
-                raise UserError(f"{path}, line {number} is damaged") from None
+            record = None
+        if isinstance(record, dict) and isinstance(record.get("iter"), int):
+            records.append(record)
+        elif number < len(lines):
+            raise UserError(f"{path}, line {number} is damaged: not a record; remove the line")
     return records

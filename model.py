@@ -85,6 +85,7 @@ class GPT(nn.Module):
             ln_f=nn.LayerNorm(config.n_embd, bias=config.bias)))
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight
+        self._hidden_for_loss = self._hidden
         self.apply(self._init_weights)
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):   # residual projections, GPT-2 paper
@@ -106,10 +107,16 @@ class GPT(nn.Module):
                                          own softmax, 0-dim: the loss whose gradient the
                                          Gauss-Newton-Bartlett estimator squares.
         """
-        h = self._hidden(idx)
         if targets is None and label_noise is None:
-            return F.linear(h, self.lm_head.weight)[..., :self.config.vocab_size]
-        return self._head_loss(h, targets, label_noise)
+            return F.linear(self._hidden(idx), self.lm_head.weight)[..., :self.config.vocab_size]
+        h = self._hidden_for_loss(idx).flatten(0, 1)
+        targets, label_noise = (None if t is None else t.flatten() for t in (targets, label_noise))
+        return HeadLoss.apply(h, self.lm_head.weight, targets, label_noise, self.config.vocab_size)
+
+    def compile_for_training(self):
+        """Compile the layers for the two losses, which share the result; evaluation and sampling,
+        with their many shapes, stay eager. The head is a loop over chunks and stays eager too."""
+        self._hidden_for_loss = torch.compile(self._hidden, dynamic=False)
 
     @torch.no_grad()
     def token_losses(self, idx, targets):
@@ -127,12 +134,6 @@ class GPT(nn.Module):
         for block in self.transformer.h:
             x = block(x)
         return self.transformer.ln_f(x)
-
-    @torch.compiler.disable   # a loop over chunks: nothing for the compiler but a long graph
-    def _head_loss(self, h, targets, label_noise):
-        targets, label_noise = (None if t is None else t.flatten() for t in (targets, label_noise))
-        return HeadLoss.apply(h.flatten(0, 1), self.lm_head.weight, targets, label_noise,
-                              self.config.vocab_size)
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, eot_id=None,

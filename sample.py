@@ -4,7 +4,6 @@ Text from a trained model.
     python sample.py out/quickstart-sophiag --prompt="def "
     python sample.py out/run/ckpt_00010000.pt --prompt=FILE:prompt.txt --num_samples=5 --top_k=50
 """
-import argparse
 import os
 import time
 
@@ -12,7 +11,7 @@ import torch
 
 import checkpoint
 import ddp
-from configurator import UserError, run_script
+from configurator import ArgumentParser, UserError, run_script
 from model import GPT, GPTConfig
 from tokenizer import get_tokenizer
 
@@ -21,9 +20,9 @@ def best_checkpoint(run):
     """Path of the checkpoint to sample from: run itself if a file, else the run's best."""
     if not os.path.isdir(run):
         return run
-    newest, messages = checkpoint.newest_good(run)
-    for message in messages:
-        print(message)
+    newest, problems = checkpoint.newest_good(run)
+    for problem in problems:
+        print(problem)
     if newest is None:
         raise UserError(f"no checkpoint in {run}")
     best = checkpoint.path_of(run, checkpoint.load(newest)["best_step"])
@@ -31,8 +30,7 @@ def best_checkpoint(run):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("run", help="run directory (its best checkpoint) or checkpoint file")
     parser.add_argument("--prompt", default="", help="text to continue, or FILE:path; empty: a new "
                         "document")
@@ -43,9 +41,10 @@ def main(argv):
     parser.add_argument("--seed", type=int, default=1337)
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     args = parser.parse_args(argv)
-    if args.num_samples < 1 or args.max_new_tokens < 1 or args.temperature < 0 or args.top_k < 0:
-        raise UserError("num_samples and max_new_tokens must be at least 1, temperature and top_k "
-                        "not negative")
+    if args.num_samples < 1 or args.max_new_tokens < 1 or args.top_k < 0:
+        raise UserError("num_samples and max_new_tokens must be at least 1, top_k not negative")
+    if not 0 <= args.temperature < float("inf") or not 0 <= args.seed < 2**63:
+        raise UserError("temperature and seed must be finite and not negative")
     prompt = args.prompt
     if prompt.startswith("FILE:"):
         try:

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import checkpoint
 import ddp
-from configurator import UserError, load_config, run_script, to_json
+from configurator import UserError, load_config, run_script
 from dataloader import DataLoader
 from metrics import Metrics, peak_flops
 from model import GPT, GPTConfig
@@ -83,9 +83,9 @@ def find_start(cfg):
     (finetune). Rank 0 looks and every rank loads the same file. Raises UserError.
     """
     if cfg.init_from in ("resume", "auto") or (cfg.init_from == "scratch" and ddp.restarted()):
-        path, messages = ddp.from_main(checkpoint.newest_good(cfg.out_dir))
-        for message in messages:
-            ddp.say(message)
+        path, problems = ddp.from_main(lambda: checkpoint.newest_good(cfg.out_dir))
+        for problem in problems:
+            ddp.say(f"{problem}; falling back to the checkpoint before it")
         if path is None:
             if cfg.init_from == "resume":
                 raise UserError(f"no checkpoint to resume from in {cfg.out_dir}; start one with "
@@ -99,12 +99,12 @@ def find_start(cfg):
         ddp.say(f"resuming from {path}")
         return start
     if not cfg.eval_only:
-        checkpoint.check_unused(cfg.out_dir)
+        ddp.from_main(lambda: checkpoint.check_unused(cfg.out_dir))
     if cfg.init_from == "scratch":
         return None
     source = cfg.init_from
     if os.path.isdir(source):
-        source, _ = ddp.from_main(checkpoint.newest_good(source))
+        source, _ = ddp.from_main(lambda: checkpoint.newest_good(cfg.init_from))
         if source is None:
             raise UserError(f"no checkpoint in {cfg.init_from}")
     ddp.say(f"finetuning {source}")
@@ -173,13 +173,14 @@ def train(cfg, world):
         scaler.load_state_dict(resumed["scaler"])
         step = resumed["step"]
         best_step, best_val_loss = resumed["best_step"], resumed["best_val_loss"]
-    model = torch.compile(raw_model, dynamic=False) if compile_reason is None else raw_model
+    if compile_reason is None:
+        raw_model.compile_for_training()
+    model = raw_model
     if world.size > 1:
-        model = DDP(model, device_ids=[device] if device.type == "cuda" else None,
+        model = DDP(raw_model, device_ids=[device] if device.type == "cuda" else None,
                     gradient_as_bucket_view=True)
 
     def save():
-        metrics.check_finite()   # on every rank: nothing broken is ever written
         state = metrics.state_dict()
         if world.is_main:
             checkpoint.save(cfg.out_dir, {
@@ -189,8 +190,6 @@ def train(cfg, world):
                 "config": asdict(cfg), "tokenizer": data.meta["tokenizer"]}, best_step)
 
     describe(cfg, world, data, raw_model, dtype, compile_reason)
-    if world.is_main and not cfg.eval_only:
-        checkpoint.write_config(cfg.out_dir, to_json(cfg))
     stop = ddp.StopSignal()
     metrics = Metrics(cfg, world, raw_model.flops_per_token(), peak_flops(device, dtype),
                       resumed and resumed["metrics"], step)
@@ -198,20 +197,19 @@ def train(cfg, world):
         while True:
             finished = step >= cfg.max_iters
             stopping = stop.seen_by_any_rank()
-            evaluated = resumed is not None and step == resumed["step"] and not cfg.eval_only
-            if (step % cfg.eval_interval == 0 or finished or cfg.eval_only) and not evaluated:
+            evaluating = step % cfg.eval_interval == 0 or finished or cfg.eval_only
+            done_before = resumed is not None and step == resumed["step"] and not cfg.eval_only
+            if (evaluating or stopping) and not done_before:
                 metrics.stop_clock()
-                val_loss, stderr = evaluate(raw_model, data, autocast)
-                metrics.log_eval(step, val_loss, stderr)
-                if cfg.eval_only:
-                    break
-                if val_loss < best_val_loss:
-                    best_step, best_val_loss = step, val_loss
-                if step > 0:
+                metrics.check_finite()   # what is not is neither evaluated nor saved
+                if evaluating:
+                    val_loss, stderr = evaluate(raw_model, data, autocast)
+                    metrics.log_eval(step, val_loss, stderr)
+                    if val_loss < best_val_loss:
+                        best_step, best_val_loss = step, val_loss
+                if step > 0 and not cfg.eval_only:
                     save()
-            elif stopping and not evaluated:
-                save()
-            if finished or stopping:
+            if finished or stopping or cfg.eval_only:
                 break
             metrics.start_clock()
 
@@ -245,7 +243,7 @@ def train(cfg, world):
             if step % cfg.log_interval == 0:
                 metrics.log_step(step, loss, lr, grad_norm, statistics(optimizer))
     if stopping and not finished:
-        ddp.say(f"stopped by a signal after step {step}; go on with --init_from=resume")
+        ddp.say(f"stopped by a signal after step {step}; go on with --init_from=auto")
     elif not cfg.eval_only:
         ddp.say(f"finished at step {step}: best val loss {best_val_loss:.4f} at step {best_step}. "
                 f"Text from it: python sample.py {cfg.out_dir}")

@@ -1,7 +1,6 @@
 """
 Documents -> train.bin, val.bin and meta.json, the format that dataloader.py reads.
 """
-import argparse
 import hashlib
 import json
 import os
@@ -11,7 +10,7 @@ import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from configurator import UserError, run_script  # noqa: E402, F401  (run_script: for prepare.py)
+from configurator import ArgumentParser, UserError, run_script  # noqa: E402, F401  (run_script: for prepare.py)
 from tokenizer import get_tokenizer  # noqa: E402
 
 
@@ -21,6 +20,10 @@ def write_bins(data_dir, tokenizer_name, **splits):
     end-of-text id, and meta.json. Files appear whole or not at all. Returns meta.
     """
     tokenizer = get_tokenizer(tokenizer_name)
+    try:
+        os.makedirs(data_dir, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {data_dir}: {error.strerror}") from None
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
     meta = {"tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size,
             "eot_id": tokenizer.eot_id, "dtype": dtype.name}
@@ -45,7 +48,7 @@ def write_bins(data_dir, tokenizer_name, **splits):
 
 def prepare_arguments(doc, tokenizer):
     """The options that every prepare.py has: --tokenizer, --out_dir."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter)
+    parser = ArgumentParser(doc)
     parser.add_argument("--tokenizer", default=tokenizer, help="bytes or gpt2 (now %(default)s)")
     parser.add_argument("--out_dir", default=os.path.dirname(os.path.abspath(sys.argv[0])),
                         help="where the bins go (default: beside this script)")

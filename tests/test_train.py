@@ -252,9 +252,9 @@ def test_finetuning_starts_from_the_weights_of_a_run_or_a_file(tiny_data, tmp_pa
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_gpt2_small_configs_start_on_a_cpu(tiny_data, tmp_path, optimizer):
     done = run("train.py", ROOT / f"config/train_gpt2_small_{optimizer}.py",
-               f"--dataset={tiny_data}", f"--out_dir={tmp_path}", "--wandb_log=False", "--compile=False", "--device=cpu",
-               "--batch_size=1", "--total_batch_size=2", "--max_iters=3", "--block_size=128",
-               "--log_interval=1", OMP_NUM_THREADS="2")
+               f"--dataset={tiny_data}", f"--out_dir={tmp_path}", "--wandb_log=False",
+               "--compile=False", "--device=cpu", "--batch_size=1", "--total_batch_size=2",
+               "--max_iters=3", "--block_size=128", "--log_interval=1", OMP_NUM_THREADS="2")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "finished at step 3" in done.stdout
     assert len(records(tmp_path)) == 3

@@ -44,7 +44,6 @@ def main(argv):
     if len(names) < 100:
         raise UserError(f"{root} has only {len(names)} source files: this Python comes without its "
                         f"standard library's source")
-    os.makedirs(args.out_dir, exist_ok=True)
     write_bins(args.out_dir, args.tokenizer,
                train=read_all(root, [n for n in names if not in_val(n)]),
                val=read_all(root, [n for n in names if in_val(n)]))

@@ -41,7 +41,6 @@ def main(argv):
     parser.add_argument("--source", help="a local copy of input.txt, instead of the download")
     args = parser.parse_args(argv)
     text = read_text(args.source)
-    os.makedirs(args.out_dir, exist_ok=True)
     cut = int(len(text) * 0.9)
     write_bins(args.out_dir, args.tokenizer, train=[text[:cut]], val=[text[cut:]])
 

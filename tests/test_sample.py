@@ -1,0 +1,60 @@
+"""sample.py and compare.py on the run directories that train.py leaves."""
+import json
+
+import pytest
+from conftest import records, run, train, write_data
+
+import checkpoint
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run that has learned to write 'hello world. ' in bytes."""
+    folder = tmp_path_factory.mktemp("sample")
+    text = list(b"hello world. ") * 400
+    data = write_data(folder / "hello", text, text[:1300], vocab_size=257)
+    train(folder / "run", data, max_iters=200, lr_decay_iters=200, eval_interval=100,
+          learning_rate=3e-3, optimizer="adamw", log_interval=50)
+    return folder / "run"
+
+
+def text_of(done):
+    """The samples that were printed."""
+    assert done.returncode == 0, done.stderr
+    return [part.strip("\n") for part in done.stdout.split("-" * 80)[1:-1]]
+
+
+def test_greedy_text_is_what_was_learned(trained):
+    samples = text_of(run("sample.py", trained, "--prompt=hello w", "--temperature=0",
+                          "--num_samples=2", "--max_new_tokens=40"))
+    assert samples == [("hello world. " * 4)[:47].strip()] * 2
+
+
+def test_seed_decides_and_file_prompts_are_read(trained, tmp_path):
+    (tmp_path / "prompt.txt").write_text("world")
+    words = (trained, f"--prompt=FILE:{tmp_path}/prompt.txt", "--temperature=2", "--top_k=0",
+             "--max_new_tokens=60", "--num_samples=2")
+    first, again, other = (text_of(run("sample.py", *words, f"--seed={s}")) for s in (1, 1, 2))
+    assert first == again and first != other
+    assert all(s.startswith("world") for s in first) and first[0] != first[1]
+
+
+def test_the_best_checkpoint_of_a_run_is_taken_and_a_file_as_it_is(trained):
+    best = checkpoint.load(checkpoint.path_of(trained, 200))["best_step"]
+    words = ("--max_new_tokens=1", "--num_samples=1")
+    assert f"step {best}" in run("sample.py", trained, *words).stdout
+    assert "step 100" in run("sample.py", trained / "ckpt_00000100.pt", *words).stdout
+
+
+def test_compare_shows_the_last_and_the_best_evaluation(trained, tiny_data, tmp_path):
+    train(tmp_path / "other", tiny_data, max_iters=2)
+    done = run("compare.py", trained, tmp_path / "other")
+    assert done.returncode == 0, done.stderr
+    head, first, second = done.stdout.splitlines()
+    assert "final val loss" in head and "adamw" in first and "sophiag" in second
+    for row, folder in (first, trained), (second, tmp_path / "other"):
+        evaluations = records(folder, "val/loss")
+        assert f"{evaluations[-1]['val/loss']:.4f}" in row
+        assert f"{min(e['val/loss'] for e in evaluations):.4f}" in row
+        assert f"{evaluations[-1]['tokens']:,}" in row
+    assert json.loads((trained / "config.json").read_text())["optimizer"] in first

@@ -1,0 +1,135 @@
+"""What the README says: its commands run, its code runs, its table is the configs'."""
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, environment, flags
+
+from configurator import load_config
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```sh\n(.*?)```", README, re.S)
+            for line in block.splitlines()]
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
+SHORT = dict(n_layer=1, n_head=2, n_embd=32, block_size=32, batch_size=1, total_batch_size=8,
+             max_iters=2, eval_iters=1, device="cpu", compile=False, wandb_log=False)
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """The repository's files in a folder of their own, so that runs leave nothing here."""
+    folder = tmp_path_factory.mktemp("readme") / "repo"
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, text=True,
+                            capture_output=True, check=True).stdout.splitlines()
+    for name in listed:
+        if (ROOT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def shell(line, cwd):
+    done = subprocess.run(line, shell=True, cwd=cwd, env=environment(), text=True, timeout=300,
+                          capture_output=True)
+    assert done.returncode == 0, line + "\n" + done.stdout + done.stderr
+    return done.stdout
+
+
+def made(line):
+    """A make command, with this Python in place of the .venv that it would install."""
+    return line.replace("make", f"make -o .venv/installed PY={sys.executable}", 1)
+
+
+def test_commands_are_those_that_are_tested_here():
+    assert [c.split()[0] for c in COMMANDS] == ["make"] * 2 + ["torchrun"] * 4 + ["python"] * 3
+
+
+def test_quickstart_prints_both_losses_and_a_sample_and_can_be_called_again(copy):
+    line = made(COMMANDS[0]) + " ARGS='--max_iters=2 --warmup_iters=1 --eval_iters=1'"
+    for _ in range(2):
+        output = shell(line, copy)
+        row = r"quickstart-(sophiag|adamw) +(sophiag|adamw) +2 +4,096 .*\d\.\d{4}"
+        assert [m[0] for m in re.findall(row, output)] == ["sophiag", "adamw"]
+        assert "tokens in" in output
+    assert output.count("resuming from") == 2
+
+
+def test_make_test_runs_pytest_and_ci_runs_make_test(copy):
+    assert COMMANDS[1] == "make test" and "make test" in (ROOT / ".ci/run").read_text()
+    plan = shell("make -n -o .venv/installed-tests test", copy)
+    assert plan.split() == [".venv/bin/python", "-m", "pytest", "-q"]
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "--standalone" in c])
+def test_torchrun_lines_start(copy, tiny_data, tmp_path, command):
+    config = re.search(r"config/\S+", command)[0]
+    cfg = load_config([str(ROOT / config)], world_size=8)
+    assert cfg.total_batch_size == 480 and cfg.hessian_batch_size == 240
+    words = command.replace("torchrun", f"{sys.executable} -m torch.distributed.run")
+    words = words.replace("--nproc_per_node=8", "--nproc_per_node=2").split()
+    words += flags(**SHORT, dataset=tiny_data, out_dir=tmp_path)
+    assert "finished at step 2" in shell(" ".join(words), copy)
+
+
+def test_two_nodes_meet(copy, tiny_data, tmp_path):
+    command = next(c for c in COMMANDS if "--nnodes=2" in c)
+    command = command.replace("torchrun", f"{sys.executable} -m torch.distributed.run")
+    command = command.replace("--nproc_per_node=8", "--nproc_per_node=1")
+    command = command.replace("HOST:29500", "localhost:29517")
+    words = command.split() + flags(**SHORT, dataset=tiny_data, out_dir=tmp_path)
+    nodes = [subprocess.Popen(words, cwd=copy, env=environment(), text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
+    outputs = [node.communicate(timeout=300) for node in nodes]
+    assert all(node.returncode == 0 for node in nodes), outputs
+    assert "2 ranks" in outputs[0][0] + outputs[1][0]
+
+
+def test_other_commands_run_after_a_quickstart(copy):
+    train, sample, compare = (c.replace("python", sys.executable, 1) for c in COMMANDS[-3:])
+    quick = " --max_iters=2 --warmup_iters=1 --eval_iters=1"
+    for name in "sophiag", "adamw":
+        shell(f"{sys.executable} data/pystdlib/prepare.py && {sys.executable} train.py "
+              f"config/quickstart_{name}.py --init_from=auto {quick}", copy)
+    assert "finished at step 2" in shell(train + quick, copy)
+    assert "tokens in" in shell(sample + " --max_new_tokens=5", copy)
+    assert "final val loss" in shell(compare, copy)
+
+
+def test_first_snippet_trains_with_sophiag(capsys):
+    exec(compile(SNIPPETS[0], "README", "exec"), {})
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
+        "10", "20", "30", "40"]
+
+
+def test_second_snippet_updates_the_hessian_under_a_bare_step():
+    names = {}
+    exec(compile(SNIPPETS[1], "README", "exec"), names)
+    model, optimizer = names["model"], names["optimizer"]
+    for step in range(1, 31):
+        model(names["torch"].randint(0, 100, (8, 64))).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        used = [bool(s["hessian"].any()) for s in optimizer.state.values()]
+        assert all(used) == (step >= 10)
+
+
+def test_table_of_settings_is_that_of_the_configs():
+    rows = re.findall(r"^\| (small|medium|large), .*$", README, re.M)
+    assert rows == ["small", "medium", "large"]
+    for size, line in zip(rows, re.findall(r"^\| (?:small|medium|large), (.*)$", README, re.M)):
+        _, shape, adamw, lion, sophiag, rho, decay = (c.strip() for c in line.strip("|").split("|"))
+        configs = {name: load_config([str(ROOT / f"config/train_gpt2_{size}_{name}.py")])
+                   for name in ("adamw", "lion", "sophiag")}
+        for name, lr in ("adamw", adamw), ("lion", lion), ("sophiag", sophiag):
+            cfg = configs[name]
+            assert cfg.learning_rate == float(lr)
+            assert f"{cfg.n_layer} / {cfg.n_head} / {cfg.n_embd}" == shape
+        assert (configs["sophiag"].rho, configs["sophiag"].weight_decay) == (
+            float(rho), float(decay))
+
+
+def test_files_table_names_every_script():
+    named = set(re.findall(r"`([\w/*]+\.py)`", README.split("## Files")[1]))
+    assert {p.name for p in ROOT.glob("*.py")} == {n for n in named if "/" not in n}

@@ -15,7 +15,7 @@ quickstart: .venv/installed data/pystdlib/meta.json
 	$(PY) sample.py out/quickstart-sophiag --prompt="def " --num_samples=2 --max_new_tokens=300
 
 test: .venv/installed-tests
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q -n 2 --dist loadscope
 
 data/pystdlib/meta.json: data/pystdlib/prepare.py data/tokenize_to_bin.py | .venv/installed
 	$(PY) data/pystdlib/prepare.py

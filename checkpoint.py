@@ -13,7 +13,7 @@ from configurator import UserError
 
 FORMAT_VERSION = 1
 KEEP = 2   # newest ones; the best is kept besides
-KEYS = ("model", "model_args", "optimizer", "step", "config", "tokenizer")
+KEYS = ("model", "model_args", "optimizer", "step", "config", "tokenizer", "data")
 
 
 def path_of(run_dir, step):

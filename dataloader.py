@@ -6,6 +6,7 @@ data/NAME/{train,val}.bin: little-endian uint16 (or uint32) token ids. meta.json
 which tokenizer made them; bins without one are taken as nanoGPT's GPT-2 BPE.
 """
 import functools
+import hashlib
 import json
 import os
 
@@ -62,6 +63,12 @@ class Tokens:
         if size % self.dtype.itemsize or self.count != expected:
             raise UserError(f"{self.path} has {size:,} bytes, which is not {expected:,} tokens of "
                             f"{meta['dtype']}: truncated or changed; run prepare.py again")
+
+    def fingerprint(self):
+        """Tells one file from another: size and a hash of the beginning."""
+        self.file.seek(0)
+        start = hashlib.sha256(self.file.read(2**20)).hexdigest()
+        return f"{self.count} tokens, sha256 {start[:16]}"
 
     def windows(self, starts, length):
         """int64 array (len(starts), length) of the tokens that follow each start."""

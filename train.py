@@ -25,7 +25,7 @@ from optim import STATE_TENSORS, hessian_due, lr_at, make_optimizer, statistics
 
 MODEL_KNOBS = ("n_layer", "n_head", "n_embd", "bias", "scale_attn_by_inverse_layer_idx")
 # A resumed run with another of these would be another run.
-FIXED_KNOBS = (*MODEL_KNOBS, "block_size", "optimizer", "seed", "total_batch_size", "dataset")
+FIXED_KNOBS = (*MODEL_KNOBS, "block_size", "optimizer", "seed", "total_batch_size")
 
 
 def next_token_loss(model, x, y):
@@ -42,6 +42,7 @@ def accumulate_gradients(model, x, y, loss_fn, batch_size, autocast, scaler):
     scale. Micro-batches of batch_size sequences; ranks exchange gradients in the last. Returns the
     mean loss over this rank's sequences, 0-dim, on the device.
     """
+    model.zero_grad(set_to_none=True)
     mean_loss = torch.zeros((), device=x.device)
     micro_batches = list(zip(x.split(batch_size), y.split(batch_size)))
     for i, (x_micro, y_micro) in enumerate(micro_batches):
@@ -77,30 +78,33 @@ def evaluate(raw_model, data, autocast):
     return total / count, math.sqrt(variance / max(count - 1, 1))
 
 
-def find_start(cfg):
+def find_start(cfg, data):
     """
     What the run starts from: None (scratch), a whole checkpoint (resume) or only its model
     (finetune). Rank 0 looks and every rank loads the same file. Raises UserError.
     """
-    if cfg.init_from in ("resume", "auto") or (cfg.init_from == "scratch" and ddp.restarted()):
+    if cfg.init_from in ("resume", "auto") or ddp.restarted():
         path, problems = ddp.from_main(lambda: checkpoint.newest_good(cfg.out_dir))
         for problem in problems:
             ddp.say(f"{problem}; falling back to the checkpoint before it")
-        if path is None:
-            if cfg.init_from == "resume":
-                raise UserError(f"no checkpoint to resume from in {cfg.out_dir}; start one with "
-                                f"--init_from=scratch (or auto)")
-            return None
-        start = checkpoint.load(path)
-        for name in FIXED_KNOBS:
-            if start["config"].get(name) != getattr(cfg, name):
-                raise UserError(f"{path} was made with {name}={start['config'].get(name)!r}, not "
-                                f"{getattr(cfg, name)!r}; choose another --out_dir")
-        ddp.say(f"resuming from {path}")
-        return start
-    if not cfg.eval_only:
+        if path is not None:
+            start = checkpoint.load(path)
+            for name in FIXED_KNOBS:
+                then, now = start["config"].get(name), getattr(cfg, name)
+                if then != now:
+                    raise UserError(f"{path} was made with {name}={then}, not {now}; choose "
+                                    f"another --out_dir")
+            if start["data"] != data.tokens.fingerprint():
+                raise UserError(f"{path} was trained on other data ({start['data']}) than "
+                                f"{data.tokens.path} ({data.tokens.fingerprint()})")
+            ddp.say(f"resuming from {path}")
+            return start
+        if cfg.init_from == "resume":
+            raise UserError(f"no checkpoint to resume from in {cfg.out_dir}; start one with "
+                            f"--init_from=scratch (or auto)")
+    elif not cfg.eval_only:
         ddp.from_main(lambda: checkpoint.check_unused(cfg.out_dir))
-    if cfg.init_from == "scratch":
+    if cfg.init_from in ("scratch", "auto"):
         return None
     source = cfg.init_from
     if os.path.isdir(source):
@@ -160,19 +164,20 @@ def train(cfg, world):
     dtype = ddp.pick_dtype(cfg.dtype, device)
     compile_reason = ddp.pick_compile(cfg.compile, device)
     data = DataLoader(cfg, world)
-    start = find_start(cfg)
-    resumed = start if start is not None and "optimizer" in start else None
-
+    start = find_start(cfg, data)
     raw_model = build_model(cfg, data.meta["vocab_size"], start).to(device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     optimizer = make_optimizer(cfg, raw_model)
-    step, best_step, best_val_loss = 0, 0, float("inf")
-    if resumed is not None:
-        optimizer.load_state_dict(resumed["optimizer"])
-        scaler.load_state_dict(resumed["scaler"])
-        step = resumed["step"]
-        best_step, best_val_loss = resumed["best_step"], resumed["best_val_loss"]
+    step, best_step, best_val_loss, metrics_state = 0, 0, float("inf"), None
+    resuming = start is not None and "optimizer" in start
+    if resuming:
+        optimizer.load_state_dict(start["optimizer"])
+        scaler.load_state_dict(start["scaler"])
+        step, metrics_state = start["step"], start["metrics"]
+        best_step, best_val_loss = start["best_step"], start["best_val_loss"]
+    first_step = step
+    del start   # as large as model and optimizer
     if compile_reason is None:
         raw_model.compile_for_training()
     model = raw_model
@@ -187,19 +192,20 @@ def train(cfg, world):
                 "model": raw_model.state_dict(), "model_args": asdict(raw_model.config),
                 "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "step": step,
                 "best_step": best_step, "best_val_loss": best_val_loss, "metrics": state,
-                "config": asdict(cfg), "tokenizer": data.meta["tokenizer"]}, best_step)
+                "config": asdict(cfg), "tokenizer": data.meta["tokenizer"],
+                "data": data.tokens.fingerprint()}, best_step)
 
     describe(cfg, world, data, raw_model, dtype, compile_reason)
     stop = ddp.StopSignal()
     metrics = Metrics(cfg, world, raw_model.flops_per_token(), peak_flops(device, dtype),
-                      resumed and resumed["metrics"], step)
+                      metrics_state, step)
     with metrics:
         while True:
             finished = step >= cfg.max_iters
             stopping = stop.seen_by_any_rank()
             evaluating = step % cfg.eval_interval == 0 or finished or cfg.eval_only
-            done_before = resumed is not None and step == resumed["step"] and not cfg.eval_only
-            if (evaluating or stopping) and not done_before:
+            saved_before = resuming and step == first_step and not cfg.eval_only
+            if (evaluating or stopping) and not saved_before:
                 metrics.stop_clock()
                 metrics.check_finite()   # what is not is neither evaluated nor saved
                 if evaluating:
@@ -218,7 +224,6 @@ def train(cfg, world):
                 group["lr"] = lr
             ddp.seed_step(cfg.seed, step, world.rank)
             x, y = data.train(step)
-            optimizer.zero_grad(set_to_none=True)
             loss = accumulate_gradients(model, x, y, next_token_loss, cfg.batch_size, autocast,
                                         scaler)
             grad_norm = clip_gradients(raw_model, optimizer, scaler, cfg.grad_clip)
@@ -229,14 +234,12 @@ def train(cfg, world):
 
             if hessian_due(step, cfg):
                 x, noise = data.hessian(step // cfg.hessian_interval - 1)
-                optimizer.zero_grad(set_to_none=True)
                 accumulate_gradients(model, x, noise, sampled_label_loss, cfg.batch_size, autocast,
                                      scaler)
                 norm = clip_gradients(raw_model, optimizer, scaler, cfg.grad_clip)
-                if not scaler.is_enabled():
+                # A float16 overflow is skipped here as it is by scaler.step; it must not enter h.
+                if not scaler.is_enabled() or torch.isfinite(norm):
                     metrics.check_later(step, norm)
-                    optimizer.update_hessian()
-                elif torch.isfinite(norm):   # float16 overflow: the scaler skips, so does h
                     optimizer.update_hessian()
                 scaler.update()
 

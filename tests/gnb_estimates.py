@@ -38,7 +38,6 @@ def main(data_dir, out, estimates, shared):
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     total = squares = 0
     for update in range(estimates):
-        raw_model.zero_grad()
         x, noise = data.hessian(update)
         accumulate_gradients(model, x, noise, sampled_label_loss, cfg.batch_size, nullcontext(),
                              scaler)

@@ -23,7 +23,7 @@ def payload(step=10):
     optimizer.step()
     return {"model": {"w": weight.detach(), "half": weight.detach().bfloat16()}, "step": step,
             "optimizer": optimizer.state_dict(), "model_args": {"n_layer": 2, "bias": False},
-            "config": {"optimizer": "adamw", "min_lr": 1e-5}, "tokenizer": "bytes",
+            "config": {"optimizer": "adamw", "min_lr": 1e-5}, "tokenizer": "bytes", "data": "",
             "best_step": step, "best_val_loss": float("inf"), "metrics": {"wandb_id": None}}
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from configurator import ArgumentParser, UserError, run_script  # noqa: E402, F401  (run_script: for prepare.py)
+from configurator import ArgumentParser, UserError, run_script  # noqa: E402, F401
 from tokenizer import get_tokenizer  # noqa: E402
 
 

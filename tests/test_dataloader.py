@@ -178,7 +178,7 @@ def test_a_file_truncated_under_the_run_is_noticed(tmp_path):
         batches.train(1)
 
 
-GONE = object()
+GONE = "(gone)"
 WRONG_META = [
     "", "{", "[]", "null", "3", '"x"', "{}", "\xff\xfe",
     {"tokenizer": GONE}, {"vocab_size": GONE}, {"eot_id": GONE}, {"dtype": GONE},

@@ -25,14 +25,18 @@ def parameter_groups(model, weight_decay):
             {"params": [p for p in params if id(p) not in linear], "weight_decay": 0.0}]
 
 
-def make_optimizer(cfg, model):
-    """The optimizer that cfg names, over model's parameters where they now are."""
+def make_optimizer(cfg, model, fused):
+    """
+    The optimizer that cfg names, over model's parameters where they now are. fused: compile the
+    step of ours; AdamW's comes compiled with PyTorch.
+    """
     groups = parameter_groups(model, cfg.weight_decay)
     common = dict(lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2))
     if cfg.optimizer == "sophiag":
-        return SophiaG(groups, **common, rho=cfg.rho, bs=cfg.tokens_per_hessian)
+        return SophiaG(groups, **common, rho=cfg.rho, bs=cfg.tokens_per_hessian,
+                       fused=fused)
     if cfg.optimizer == "lion":
-        return Lion(groups, **common)
+        return Lion(groups, **common, fused=fused)
     return torch.optim.AdamW(groups, **common, fused=True)
 
 
@@ -59,14 +63,13 @@ def lr_at(step, cfg):
 @torch.no_grad()
 def statistics(optimizer):
     """
-    Norms of parameters, momentum and Hessian, and SophiaG's win_rate, as far as the optimizer has
-    them: {name: 0-dim tensor on the device}. Nothing here waits for the device.
+    What to watch, as far as the optimizer has it: norms of parameters, momentum and Hessian, and
+    train/win_rate. {name: 0-dim tensor}; nothing here waits for the device.
     """
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    tensors = {"param_norm": params}
-    for name, key in ("momentum_norm", "exp_avg"), ("hessian_norm", "hessian"):
-        tensors[name] = [s[key] for s in optimizer.state.values() if key in s]
-    found = {n: torch.stack(torch._foreach_norm(ts)).norm() for n, ts in tensors.items() if ts}
     if isinstance(optimizer, SophiaG):
-        found["train/win_rate"] = optimizer.win_rate()
-    return found
+        found = optimizer.statistics()
+        return {"train/win_rate": found.pop("win_rate"), **found}
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    exp_avgs = [state["exp_avg"] for state in optimizer.state.values()]
+    return {name: torch.stack(torch._foreach_norm(tensors)).norm()
+            for name, tensors in (("param_norm", params), ("momentum_norm", exp_avgs))}

@@ -2,6 +2,8 @@
 SophiaG: second-order clipped stochastic optimization with the Gauss-Newton-Bartlett estimator
 (Liu et al., arXiv 2305.14342, Algorithm 3). This file stands alone: copy it into any project.
 """
+import functools
+import importlib.util
 import warnings
 
 import torch
@@ -11,26 +13,61 @@ EPS = 1e-15          # keeps m / (rho B h) finite while h is zero
 OFFICIAL_BS = 5120   # the official implementation's default, kept for those who never say
 
 
-def sophiag(params, grads, exp_avgs, hessians, *, lr, beta1, rho, bs, weight_decay):
+def sophiag(theta, g, m, h, *, lr, beta1, rho, bs, weight_decay):
     """
-    One update of lists of tensors, in place, in the paper's notation:
+    One update of a tensor theta and its EMA m, in place, in the paper's notation:
 
-        theta <- theta (1 - lr lambda)
         m     <- beta1 m + (1 - beta1) g
+        theta <- theta (1 - lr lambda)
         theta <- theta - lr clip(m / (rho B h + eps), 1)
 
-    clip(x, 1) limits each coordinate to [-1, 1]; it equals the sign(m) min(|m| / (...), 1) of the
-    official code because the denominator is positive. lr is a float or a 0-dim tensor.
+    clip(x, 1) limits a coordinate to [-1, 1]; the same as sign(m) min(|m| / (...), 1) of the
+    official code, the denominator being positive. Settings are floats or 0-dim tensors.
     """
-    torch._foreach_mul_(params, 1 - lr * weight_decay)
-    torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
-    bound = torch._foreach_mul(hessians, rho * bs)
-    torch._foreach_add_(bound, EPS)
-    update = torch._foreach_div(exp_avgs, bound)
-    torch._foreach_clamp_min_(update, -1.0)
-    torch._foreach_clamp_max_(update, 1.0)
-    torch._foreach_mul_(update, -lr)
-    torch._foreach_add_(params, update)
+    m.add_((g - m).mul_(1 - beta1))
+    theta.mul_(1 - lr * weight_decay)
+    bound = (h * (rho * bs)).add_(EPS)
+    theta.sub_((m / bound).clamp_(-1, 1).mul_(lr))
+
+
+def update_hessian(h, g, *, beta2):
+    """h <- beta2 h + (1 - beta2) g g, in place."""
+    h.add_((g * g).sub_(h).mul_(1 - beta2))
+
+
+def statistics(theta, m, h, *, rho, bs):
+    """(4,): number of coordinates with |m| < rho B h, and sums of squares of theta, m and h."""
+    wins = (m.abs() < h * (rho * bs)).float().sum()
+    return torch.stack([wins, *(t.float().square().sum() for t in (theta, m, h))])
+
+
+@functools.cache
+def compiled(rule):
+    return torch.compile(rule, dynamic=True)   # for tensors of any length
+
+
+def apply(rule, fused, *lists, **settings):
+    """
+    [rule(*row, **settings) for row in zip(*lists)]; where fused, the rule is compiled to one pass
+    over memory. Settings are tensors there, as a new float would be compiled anew.
+    """
+    if not fused:
+        return [rule(*row, **settings) for row in zip(*lists)]
+    precise = torch.promote_types(lists[0][0].dtype, torch.float32)
+    tensors = {name: torch.as_tensor(value, dtype=precise) for name, value in settings.items()}
+    results = []
+    for row in zip(*lists):
+        # Below some thousand elements the call takes longer than the pass that it saves.
+        if row[0].numel() > 4096 and all(t.is_contiguous() for t in row):
+            results.append(compiled(rule)(*(t.view(-1) for t in row), **tensors))
+        else:
+            results.append(rule(*row, **settings))
+    return results
+
+
+@functools.cache
+def has_triton():
+    return importlib.util.find_spec("triton") is not None
 
 
 class SophiaG(Optimizer):
@@ -49,6 +86,8 @@ class SophiaG(Optimizer):
         maximize: ascend instead of descend.
         capturable: keep the step counters on the parameters' device, as torch.optim does, so
             that a step can be captured in a CUDA graph (with lr a tensor, it can change there).
+        fused: True runs each update as one pass over memory, compiled by torch.compile in seconds,
+            once for all sizes; None does so on CUDA where Triton is installed; False never.
 
     State of a parameter: `step`, `exp_avg`, `hessian`. A state_dict of the official class loads.
     There is no bias correction; until the first `update_hessian` h is zero and a step is
@@ -62,7 +101,7 @@ class SophiaG(Optimizer):
     _warned = False
 
     def __init__(self, params, lr=1e-4, betas=(0.965, 0.99), rho=0.04, weight_decay=1e-1, *,
-                 bs=None, maximize=False, capturable=False):
+                 bs=None, maximize=False, capturable=False, fused=None):
         if not lr >= 0.0:
             raise ValueError(f"Invalid learning rate: {lr}")
         for i, beta in enumerate(betas):
@@ -75,7 +114,8 @@ class SophiaG(Optimizer):
         if bs is not None and not bs > 0:
             raise ValueError(f"Invalid bs (labels in a Hessian batch): {bs}")
         super().__init__(params, dict(lr=lr, betas=betas, rho=rho, weight_decay=weight_decay,
-                                      bs=bs, maximize=maximize, capturable=capturable))
+                                      bs=bs, maximize=maximize, capturable=capturable,
+                                      fused=fused))
 
     def __setstate__(self, state):
         super().__setstate__(state)
@@ -83,6 +123,7 @@ class SophiaG(Optimizer):
             group.setdefault("bs", self.defaults.get("bs"))   # official checkpoints have none
             group.setdefault("maximize", False)
             group.setdefault("capturable", False)
+            group["fused"] = self.defaults.get("fused")       # belongs to the machine, not the run
         for p, s in self.state.items():
             if not torch.is_tensor(s["step"]):
                 s["step"] = torch.tensor(float(s["step"]))
@@ -110,6 +151,11 @@ class SophiaG(Optimizer):
                 tensors.append(value)
         return lists
 
+    def _fused(self, group):
+        if group["fused"] is None:
+            return has_triton() and all(p.is_cuda for p in group["params"])
+        return group["fused"]
+
     def _bs(self, group, bs):
         bs = group["bs"] if bs is None else bs
         if bs is not None:
@@ -136,8 +182,9 @@ class SophiaG(Optimizer):
             if group["maximize"]:
                 grads = torch._foreach_neg(grads)
             torch._foreach_add_(steps, 1)
-            sophiag(params, grads, exp_avgs, hessians, lr=group["lr"], beta1=group["betas"][0],
-                    rho=group["rho"], bs=self._bs(group, bs), weight_decay=group["weight_decay"])
+            apply(sophiag, self._fused(group), params, grads, exp_avgs, hessians, lr=group["lr"],
+                  beta1=group["betas"][0], rho=group["rho"], bs=self._bs(group, bs),
+                  weight_decay=group["weight_decay"])
         return loss
 
     @torch.no_grad()
@@ -151,26 +198,33 @@ class SophiaG(Optimizer):
         for group in self.param_groups:
             _, grads, _, hessians, _ = self._tensors(group)
             if grads:
-                beta2 = group["betas"][1]
-                torch._foreach_mul_(hessians, beta2)
-                torch._foreach_addcmul_(hessians, grads, grads, value=1 - beta2)
+                apply(update_hessian, self._fused(group), hessians, grads, beta2=group["betas"][1])
 
     @torch.no_grad()
-    def win_rate(self, bs=None):
+    def statistics(self, bs=None):
         """
-        Proportion of coordinates whose update is not clipped, |m| < rho B h, as a 0-dim float32
-        tensor on the parameters' device (no synchronization), or None before the first step.
-        Larger rho gives a larger win_rate; healthy runs stay within 0.1 and 0.5 after an early
-        peak. Some articles call it the clipped proportion, which is 1 - win_rate.
+        What to watch, in one pass over the state and without waiting for the device: a dict of
+        0-dim float32 tensors, empty before the first step.
+          win_rate: proportion of coordinates whose update is not clipped, |m| < rho B h. Larger
+            rho gives a larger win_rate; healthy runs stay within 0.1 and 0.5 after an early peak.
+            Some articles call it the clipped proportion, which is 1 - win_rate.
+          param_norm, momentum_norm, hessian_norm: of theta, m and h.
         """
-        wins, total = [], 0
+        rows, total = [], 0
         for group in self.param_groups:
-            states = [self.state[p] for p in group["params"] if p in self.state]
-            if not states:
-                continue
-            threshold = group["rho"] * self._bs(group, bs)
-            bounds = torch._foreach_mul([s["hessian"] for s in states], threshold)
-            for bound, s in zip(bounds, states):
-                wins.append((s["exp_avg"].abs() < bound).sum())
-                total += bound.numel()
-        return torch.stack(wins).sum().float() / total if wins else None
+            params = [p for p in group["params"] if p in self.state]
+            states = [self.state[p] for p in params]
+            if params:
+                rows += apply(statistics, self._fused(group), params,
+                              [s["exp_avg"] for s in states], [s["hessian"] for s in states],
+                              rho=group["rho"], bs=self._bs(group, bs))
+                total += sum(p.numel() for p in params)
+        if not rows:
+            return {}
+        wins, *squares = torch.stack(rows).sum(0)
+        names = "param_norm", "momentum_norm", "hessian_norm"
+        return {"win_rate": wins / total, **dict(zip(names, (s.sqrt() for s in squares)))}
+
+    def win_rate(self, bs=None):
+        """The win_rate of `statistics`, or None before the first step."""
+        return self.statistics(bs).get("win_rate")

@@ -168,7 +168,7 @@ def train(cfg, world):
     raw_model = build_model(cfg, data.meta["vocab_size"], start).to(device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    optimizer = make_optimizer(cfg, raw_model)
+    optimizer = make_optimizer(cfg, raw_model, fused=compile_reason is None)
     step, best_step, best_val_loss, metrics_state = 0, 0, float("inf"), None
     resuming = start is not None and "optimizer" in start
     if resuming:

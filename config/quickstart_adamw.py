@@ -15,4 +15,4 @@ eval_iters = 32        # 256 windows, 65,536 tokens
 log_interval = 20
 compile = False        # would take longer than it saves here
 optimizer = "adamw"
-learning_rate = 2e-3   # the best of x
+learning_rate = 4e-3   # the best of 1e-3, 2e-3 and 4e-3 after 1000 steps

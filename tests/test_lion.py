@@ -55,6 +55,24 @@ def test_state_dict_round_trip_continues_exactly():
     assert all(torch.equal(p, q) for p, q in zip(params, copies))
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_fused_equals_eager(dtype, tolerance):
+    outcomes = []
+    for fused in False, True:
+        base = torch.linspace(-1, 1, 6000, dtype=dtype)
+        params = [torch.nn.Parameter(t) for t in (
+            base.clone(), base.clone().view(60, 100).t(), base[:9].clone())]
+        optimizer = Lion(params, lr=3e-3, weight_decay=0.6, fused=fused)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(10):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=generator).to(dtype)
+            optimizer.step()
+        outcomes.append(params)
+    for eager, compiled in zip(*outcomes):
+        torch.testing.assert_close(compiled, eager, rtol=tolerance, atol=tolerance)
+
+
 def test_tensor_lr_closure_and_parameters_without_gradient():
     p, idle = torch.nn.Parameter(torch.tensor([2.0])), torch.nn.Parameter(torch.ones(1))
     optimizer = Lion([p, idle], lr=torch.tensor(0.5))

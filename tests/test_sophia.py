@@ -74,6 +74,55 @@ def test_fifty_steps_equal_the_reference(dtype, tolerance, changes):
     assert all(s["step"] == 50 for s in states)
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5),
+                                              (torch.bfloat16, 0.03)])
+def test_fused_equals_eager(dtype, tolerance):
+    """Also for a view, a non-contiguous parameter, one without a gradient, and two groups; and a
+    new lr compiles nothing."""
+    def build(fused):
+        base = torch.linspace(-1, 1, 6000, dtype=dtype)
+        ps = [torch.nn.Parameter(t.clone()) for t in (base, base.view(60, 100), base[:1], base)]
+        ps += [torch.nn.Parameter(base.clone().view(100, 60).t()),
+               torch.nn.Parameter(base.clone()[7:5000])]
+        groups = [{"params": ps[:2]}, {"params": ps[2:], "weight_decay": 0.0, "lr": 1e-3}]
+        return ps, SophiaG(groups, **SETTINGS, bs=20, fused=fused)
+
+    outcomes, watched, steps = [], [], 6
+    for fused in False, True:
+        ps, optimizer = build(fused)
+        generator = torch.Generator().manual_seed(0)
+        for step in range(steps):
+            if step == 4:   # all that can be has been compiled
+                graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+            optimizer.param_groups[0]["lr"] = 1e-3 * (step + 1)
+            for i, p in enumerate(ps):
+                grad = torch.randn(p.shape, generator=generator).to(dtype)
+                p.grad = None if i == 3 else grad
+            optimizer.step()
+            if step % 2 == 0:
+                optimizer.update_hessian()
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+        watched.append(optimizer.statistics())
+        outcomes.append([*(p.detach() for p in ps),
+                         *(s["hessian"] for s in optimizer.state.values())])
+    assert 0 < watched[0]["win_rate"] < 1
+    torch.testing.assert_close(watched[1], watched[0], rtol=max(tolerance, 1e-6), atol=1e-6)
+    for eager, compiled in zip(*outcomes):
+        torch.testing.assert_close(compiled, eager, rtol=tolerance, atol=tolerance)
+
+
+def test_statistics_are_norms_of_parameters_and_state():
+    params, optimizer = make(torch.float64)
+    run(optimizer, params, 20, 10, torch.float64)
+    found = optimizer.statistics()
+    states = [optimizer.state[p] for p in params]
+    for name, tensors in (("param_norm", params), ("momentum_norm", [s["exp_avg"] for s in states]),
+                          ("hessian_norm", [s["hessian"] for s in states])):
+        norm = torch.cat([t.detach().flatten() for t in tensors]).norm()
+        torch.testing.assert_close(found[name], norm.float())
+    assert found["win_rate"] == optimizer.win_rate()
+
+
 def test_reference_clips_some_and_not_all():
     """The comparison above means something only if both branches are taken."""
     params, optimizer = make(torch.float64)
@@ -91,9 +140,9 @@ def test_a_step_without_hessian_moves_each_coordinate_by_lr():
 def test_functional_update_takes_a_tensor_lr():
     results = []
     for lr in (3e-3, torch.tensor(3e-3)):
-        tensors = [[torch.linspace(-1, 1, 9) + i] for i in range(3)] + [[torch.ones(9)]]
+        tensors = [torch.linspace(-1, 1, 9) + i for i in range(3)] + [torch.ones(9)]
         sophiag(*tensors, lr=lr, beta1=0.9, rho=0.1, bs=5, weight_decay=0.1)
-        results.append(tensors[0][0])
+        results.append(tensors[0])
     torch.testing.assert_close(*results)
 
 

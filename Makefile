@@ -12,7 +12,7 @@ quickstart: .venv/installed data/pystdlib/meta.json
 	$(PY) train.py config/quickstart_sophiag.py --init_from=auto $(ARGS)
 	$(PY) train.py config/quickstart_adamw.py --init_from=auto $(ARGS)
 	$(PY) compare.py out/quickstart-sophiag out/quickstart-adamw
-	$(PY) sample.py out/quickstart-sophiag --prompt="def " --num_samples=2 --max_new_tokens=300
+	$(PY) sample.py out/quickstart-sophiag --prompt="def " --max_new_tokens=500
 
 test: .venv/installed-tests
 	$(PY) -m pytest -q -n 2 --dist loadscope

@@ -39,11 +39,16 @@ class CausalSelfAttention(nn.Module):
         if config.scale_attn_by_inverse_layer_idx:
             self.scale /= layer_idx + 1
 
-    def forward(self, x):                                                        # (B, T, C)
+    def forward(self, x, cache=None, start=0):                                   # (B, T, C)
+        """cache: keys and values (2, B, nh, positions, hs) of the `start` positions before x, to
+        which those of x are added."""
         B, T, C = x.shape
         q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
                    for t in self.c_attn(x).split(C, dim=2))                      # (B, nh, T, hs)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale,
+        if cache is not None:
+            cache[0, :, :, start:start + T], cache[1, :, :, start:start + T] = k, v
+            k, v = cache[:, :, :, :start + T].to(q.dtype)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=start == 0, scale=self.scale,
                                            dropout_p=self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, T, C)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
@@ -69,8 +74,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x):
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x, cache=None, start=0):
+        x = x + self.attn(self.ln_1(x), cache, start)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -127,40 +132,52 @@ class GPT(nn.Module):
                   for h_i, y_i in zip(h.split(rows), targets.flatten().split(rows))]
         return torch.cat(losses).view(idx.shape)
 
-    def _hidden(self, idx):                                                      # (B, T, C)
-        positions = torch.arange(idx.shape[1], device=idx.device)
+    def _hidden(self, idx, caches=None, start=0):                                # (B, T, C)
+        """Where there are caches, idx is one token at position `start`, or start is 0."""
+        positions = torch.arange(start, start + idx.shape[1], device=idx.device)
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)
         x = F.dropout(x, self.config.dropout, self.training)
-        for block in self.transformer.h:
-            x = block(x)
+        for i, block in enumerate(self.transformer.h):
+            x = block(x, None if caches is None else caches[i], start)
         return self.transformer.ln_f(x)
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, eot_id=None,
-                 generator=None):
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eot_id=None,
+               generator=None):
         """
-        Continue idx (B, T) by up to max_new_tokens, stopping when every row has met eot_id; rows
-        that meet it earlier are filled up with it. temperature 0 is greedy. Beyond block_size the
-        context slides. Returns (B, T + new tokens).
+        Continue idx (B, T) int64: yields the next tokens (B,), up to max_new_tokens times, until
+        every row has met eot_id; a row that meets it earlier repeats it. temperature 0 is greedy;
+        top_k and top_p limit the choice to the k likeliest tokens and to the likeliest that make up
+        probability p. Keys and values are cached until the context is full; from there on the
+        context slides and each token takes a forward pass over all of it, since learned positions
+        change under a cache.
         """
+        c = self.config
+        length = min(idx.shape[1] + max_new_tokens, c.block_size)
+        shape = (2, len(idx), c.n_head, length, c.n_embd // c.n_head)
+        caches = [torch.empty(shape, device=idx.device) for _ in self.transformer.h]
         done = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
+        cached = 0
         for _ in range(max_new_tokens):
-            logits = self(idx[:, -self.config.block_size:])[:, -1].float()
-            if temperature == 0:
-                new = logits.argmax(-1, keepdim=True)
+            if idx.shape[1] <= length:
+                h = self._hidden(idx[:, cached:], caches, cached)
+                cached = idx.shape[1]
             else:
-                if top_k is not None:
-                    kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-                    logits = logits.masked_fill(logits < kth, -torch.inf)
-                probs = (logits / temperature).softmax(-1)
-                new = torch.multinomial(probs, 1, generator=generator)
+                h = self._hidden(idx[:, -c.block_size:])
+            logits = F.linear(h[:, -1], self.lm_head.weight)[:, :c.vocab_size].float()
+            new = choose(logits, temperature, top_k, top_p, generator)
             if eot_id is not None:
-                new = new.masked_fill(done[:, None], eot_id)
-                done |= new[:, 0] == eot_id
-            idx = torch.cat((idx, new), dim=1)
+                new = new.masked_fill(done, eot_id)
+                done |= new == eot_id
+            yield new
             if done.all():
                 break
-        return idx
+            idx = torch.cat((idx, new[:, None]), dim=1)
+
+    def generate(self, idx, max_new_tokens, **options):
+        """idx and what `stream` yields, (B, T + new tokens)."""
+        new = list(self.stream(idx, max_new_tokens, **options))
+        return torch.cat((idx, torch.stack(new, dim=1)), dim=1)
 
     def crop_block_size(self, block_size):
         """Shorten the context, e.g. of a pretrained model; only the position table changes."""
@@ -185,6 +202,20 @@ class GPT(nn.Module):
         c = self.config
         weights = self.num_params() - self.transformer.wpe.weight.numel()
         return 6 * weights + 12 * c.n_layer * c.n_embd * c.block_size
+
+
+def choose(logits, temperature, top_k, top_p, generator):
+    """A token for each row of logits (B, classes); see GPT.stream. Returns (B,) int64."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    probs, order = logits.softmax(-1).sort(descending=True)
+    if top_p is not None:   # the token that passes p is the last to stay
+        probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0.0)
+    return order.gather(1, torch.multinomial(probs, 1, generator=generator)).squeeze(1)
 
 
 def rows_per_chunk(h):

@@ -34,15 +34,19 @@ def main(argv):
     parser.add_argument("run", help="run directory (its best checkpoint) or checkpoint file")
     parser.add_argument("--prompt", default="", help="text to continue, or FILE:path; empty: a new "
                         "document")
-    parser.add_argument("--num_samples", type=int, default=3)
+    parser.add_argument("--num_samples", type=int, default=1, help="1 is printed as it comes")
     parser.add_argument("--max_new_tokens", type=int, default=500)
     parser.add_argument("--temperature", type=float, default=0.8, help="0: greedy")
-    parser.add_argument("--top_k", type=int, default=200, help="0: no limit")
+    parser.add_argument("--top_k", type=int, default=200, help="likeliest tokens; 0: no limit")
+    parser.add_argument("--top_p", type=float, default=1.0, help="probability of the likeliest "
+                        "tokens to choose from; 1: no limit")
     parser.add_argument("--seed", type=int, default=1337)
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     args = parser.parse_args(argv)
     if args.num_samples < 1 or args.max_new_tokens < 1 or args.top_k < 0:
         raise UserError("num_samples and max_new_tokens must be at least 1, top_k not negative")
+    if not 0 < args.top_p <= 1:
+        raise UserError(f"top_p must be in (0, 1], got {args.top_p}")
     if not 0 <= args.temperature < float("inf") or not 0 <= args.seed < 2**63:
         raise UserError("temperature and seed must be finite and not negative")
     prompt = args.prompt
@@ -64,18 +68,32 @@ def main(argv):
 
     # An empty prompt is the start of a document: what follows an end of text.
     ids = tokenizer.encode(prompt) or [tokenizer.eot_id]
-    idx = torch.tensor([ids] * args.num_samples, device=device)
+    if max(ids) >= model.config.vocab_size:
+        raise UserError(f"{path} has a vocabulary of {model.config.vocab_size} tokens, too small "
+                        f"for its tokenizer {tokenizer.name}")
     generator = torch.Generator(device).manual_seed(args.seed)
     started = time.perf_counter()
-    out = model.generate(idx, args.max_new_tokens, args.temperature, args.top_k or None,
-                         tokenizer.eot_id, generator)
+    stream = model.stream(torch.tensor([ids] * args.num_samples, device=device),
+                          args.max_new_tokens, args.temperature, args.top_k or None,
+                          None if args.top_p == 1 else args.top_p, tokenizer.eot_id, generator)
+    rows = [list(ids) for _ in range(args.num_samples)]
+    shown = ""
+    print("-" * 80)
+    for new in stream:
+        for row, token in zip(rows, new.tolist()):
+            row.append(token)
+        text = tokenizer.decode(rows[0])
+        if args.num_samples == 1 and not text.endswith("\ufffd"):   # half of a character
+            print(text[len(shown):], end="", flush=True)
+            shown = text
     seconds = time.perf_counter() - started
-    for row in out.tolist():
+    print(tokenizer.decode(rows[0])[len(shown):])
+    for row in rows[1:]:
         print("-" * 80)
         print(tokenizer.decode(row))
-    new = out[:, len(ids):].numel()
     print("-" * 80)
-    print(f"{new} tokens in {seconds:.1f} s")
+    new_tokens = sum(len(row) - len(ids) for row in rows)
+    print(f"{new_tokens} tokens in {seconds:.1f} s")
 
 
 if __name__ == "__main__":

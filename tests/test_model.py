@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from configurator import UserError
-from model import GPT, GPTConfig, draw_labels
+from model import GPT, GPTConfig, choose, draw_labels
 
 TINY = GPTConfig(vocab_size=65, block_size=16, n_layer=3, n_head=4, n_embd=32)
 
@@ -220,6 +220,24 @@ def test_generation_is_seeded_and_top_k_limits_it():
     logits = full_logits(model, draws[0][:, :-1])[..., :65]
     fifth = logits.topk(5).values[..., -1]
     assert (logits.gather(2, draws[0][:, 1:, None])[..., 0] >= fifth).all()
+
+
+def test_top_p_leaves_the_likeliest_tokens_that_make_up_p():
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()[[2, 0, 3, 1]].expand(4000, 4)
+    generator = torch.Generator().manual_seed(0)
+    for p, wanted in (0.4, {1}), (0.7, {1, 3}), (0.9, {0, 1, 3}), (None, {0, 1, 2, 3}):
+        tokens = choose(logits, 1.0, None, p, generator)
+        assert set(tokens.tolist()) == wanted
+    counts = torch.bincount(tokens, minlength=4) / 4000
+    torch.testing.assert_close(counts, logits[0].exp(), atol=0.03, rtol=0)
+
+
+def test_greedy_tokens_are_the_argmax_of_one_uncached_pass():
+    model = build(TINY)
+    idx = torch.randint(0, 65, (2, 5))
+    tokens = torch.stack(list(model.stream(idx, 11, temperature=0)), 1)
+    again = torch.cat([idx, tokens], 1)
+    assert torch.equal(model(again[:, :-1])[:, 4:].argmax(-1), tokens)
 
 
 def test_generation_stops_at_end_of_text():

@@ -30,6 +30,16 @@ def test_greedy_text_is_what_was_learned(trained):
     assert samples == [("hello world. " * 4)[:47].strip()] * 2
 
 
+def test_one_sample_is_streamed_and_characters_come_whole(trained):
+    """A random continuation in bytes is rarely valid UTF-8; what is printed is its decoding."""
+    words = (trained, "--prompt=h\u00e9", "--temperature=3", "--top_k=0", "--max_new_tokens=50")
+    one, = text_of(run("sample.py", *words))
+    assert one.startswith("h\u00e9") and "\ufffd" in one
+    greedy, = text_of(run("sample.py", trained, "--prompt=hello w", "--temperature=0.1",
+                          "--top_p=0.5", "--max_new_tokens=40"))
+    assert greedy == ("hello world. " * 4)[:47].strip()
+
+
 def test_seed_decides_and_file_prompts_are_read(trained, tmp_path):
     (tmp_path / "prompt.txt").write_text("world")
     words = (trained, f"--prompt=FILE:{tmp_path}/prompt.txt", "--temperature=2", "--top_k=0",

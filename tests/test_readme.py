@@ -43,7 +43,7 @@ def made(line):
 
 
 def test_commands_are_those_that_are_tested_here():
-    assert [c.split()[0] for c in COMMANDS] == ["make"] * 2 + ["torchrun"] * 4 + ["python"] * 3
+    assert [c.split()[0] for c in COMMANDS] == ["make"] * 2 + ["torchrun"] * 4 + ["python"] * 4
 
 
 def test_quickstart_prints_both_losses_and_a_sample_and_can_be_called_again(copy):
@@ -87,7 +87,8 @@ def test_two_nodes_meet(copy, tiny_data, tmp_path):
 
 
 def test_other_commands_run_after_a_quickstart(copy):
-    train, sample, compare = (c.replace("python", sys.executable, 1) for c in COMMANDS[-3:])
+    train, sample, compare, bench = (c.replace("python", sys.executable, 1)
+                                     for c in COMMANDS[-4:])
     quick = " --max_iters=2 --warmup_iters=1 --eval_iters=1"
     for name in "sophiag", "adamw":
         shell(f"{sys.executable} data/pystdlib/prepare.py && {sys.executable} train.py "
@@ -95,6 +96,7 @@ def test_other_commands_run_after_a_quickstart(copy):
     assert "finished at step 2" in shell(train + quick, copy)
     assert "tokens in" in shell(sample + " --max_new_tokens=5", copy)
     assert "final val loss" in shell(compare, copy)
+    assert "sophiag" in shell(bench + " --compile=False --n_layer=1 --n_embd=48 --repeat=1", copy)
 
 
 def test_first_snippet_trains_with_sophiag(capsys):

@@ -1,6 +1,7 @@
 """What the README says: its commands run, its code runs, its table is the configs'."""
 import re
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -77,7 +78,9 @@ def test_two_nodes_meet(copy, tiny_data, tmp_path):
     command = next(c for c in COMMANDS if "--nnodes=2" in c)
     command = command.replace("torchrun", f"{sys.executable} -m torch.distributed.run")
     command = command.replace("--nproc_per_node=8", "--nproc_per_node=1")
-    command = command.replace("HOST:29500", "localhost:29517")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        command = command.replace("HOST:29500", f"localhost:{free.getsockname()[1]}")
     words = command.split() + flags(**SHORT, dataset=tiny_data, out_dir=tmp_path)
     nodes = [subprocess.Popen(words, cwd=copy, env=environment(), text=True,
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]

@@ -117,8 +117,9 @@ def read_until(process, text):
 
 
 # Dropout, so that its random numbers must be resumed too. log_interval 3 does not divide 20, so
-# that what accumulates between two log lines must be.
-RESUMED = dict(dropout=0.1, log_interval=3, eval_interval=10, grad_clip=0.5)
+# that what accumulates between two log lines must be. Micro-batches of 1 make a step slow enough
+# for a signal to arrive in the middle of the run.
+RESUMED = dict(dropout=0.1, log_interval=3, eval_interval=10, grad_clip=0.5, batch_size=1)
 
 
 def interrupted(out_dir, data, optimizer, how):

@@ -80,9 +80,9 @@ def test_fused_equals_eager(dtype, tolerance):
     """Also for a view, a non-contiguous parameter, one without a gradient, and two groups; and a
     new lr compiles nothing."""
     def build(fused):
-        base = torch.linspace(-1, 1, 6000, dtype=dtype)
-        ps = [torch.nn.Parameter(t.clone()) for t in (base, base.view(60, 100), base[:1], base)]
-        ps += [torch.nn.Parameter(base.clone().view(100, 60).t()),
+        base = torch.linspace(-1, 1, 6144, dtype=dtype)
+        ps = [torch.nn.Parameter(t.clone()) for t in (base, base.view(64, 96), base[:1], base)]
+        ps += [torch.nn.Parameter(base.clone().view(96, 64).t()),
                torch.nn.Parameter(base.clone()[7:5000])]
         groups = [{"params": ps[:2]}, {"params": ps[2:], "weight_decay": 0.0, "lr": 1e-3}]
         return ps, SophiaG(groups, **SETTINGS, bs=20, fused=fused)

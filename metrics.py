@@ -50,11 +50,11 @@ class Metrics:
         state = state or {"clipped": 0, "seconds": 0.0, "wandb_id": None}
         self.clipped = torch.tensor(float(state["clipped"]), device=world.device)
         self.bad_step = torch.zeros((), dtype=torch.int64, device=world.device)
-        self.seconds = state["seconds"]       # in training steps, of all sessions of the run
+        self.seconds = state["seconds"]       # in training steps, over all starts of the run
         self.wandb_id = state["wandb_id"]
         self.started_at = None
         self.logged = (step, self.seconds)    # at the last log line
-        self.first = self.logged              # at the start of this session
+        self.first = self.logged              # when this process started
         self.file = self.wandb = None
         if world.is_main and not cfg.eval_only:
             self._open(step)

@@ -34,8 +34,8 @@ def logged(tmp_path_factory, tiny_data):
 
 @pytest.fixture(scope="module")
 def wandb_runs(logged):
-    """The records that wandb keeps of the two sessions, by kind: [{kind: [record, ...]}]."""
-    sessions = []
+    """The records that wandb keeps of the two starts, by kind: [{kind: [record, ...]}]."""
+    starts = []
     for path in sorted(logged[0].glob("wandb/offline-run-*/run-*.wandb")):
         inspect = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json", path]
         lines = subprocess.run(inspect, capture_output=True, text=True, check=True).stdout
@@ -43,8 +43,8 @@ def wandb_runs(logged):
         for record in map(json.loads, lines.splitlines()):
             kind = record["type"]
             found.setdefault(kind, []).append(record[kind])
-        sessions.append(found)
-    return sorted(sessions, key=lambda found: found["run"][0]["start_time"])
+        starts.append(found)
+    return sorted(starts, key=lambda found: found["run"][0]["start_time"])
 
 
 def test_wandb_gets_what_metrics_jsonl_gets(logged, wandb_runs):

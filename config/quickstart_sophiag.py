@@ -15,4 +15,4 @@ eval_iters = 32        # 256 windows, 65,536 tokens
 log_interval = 20
 compile = False        # would take longer than it saves here
 optimizer = "sophiag"
-learning_rate = 3e-4   # the best of 2e-4, 3e-4 and 5e-4 after 1000 steps
+learning_rate = 3e-4   # the best of 2e-4, 3e-4, 1e-3 and 2e-3 after 1000 steps

@@ -169,6 +169,26 @@ def test_two_ranks_stop_after_the_same_step_and_resume(tiny_data, tmp_path):
     assert all_records(tmp_path / "two") == all_records(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("name", ["SIGINT", "SIGUSR1"])
+def test_other_signals_save_and_leave_too(tiny_data, tmp_path, name):
+    process = start(tmp_path, tiny_data, **{**RESUMED, "eval_interval": 40})
+    read_until(process, "step 6/")
+    process.send_signal(getattr(signal, name))
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0 and "Traceback" not in output, output
+    step = int(output.split("stopped by a signal after step ")[1].split(";")[0])
+    assert checkpoint.load(checkpoint.path_of(tmp_path, step))["step"] == step < 40
+
+
+def test_a_restart_by_torchrun_resumes_without_being_told(tiny_data, tmp_path):
+    train(tmp_path, tiny_data, max_iters=20)
+    words = flags(**{**TINY, "dataset": tiny_data, "out_dir": tmp_path})
+    assert run("train.py", *words).returncode == 2   # holds a run already
+    done = run("train.py", *words, TORCHELASTIC_RESTART_COUNT="1")
+    assert done.returncode == 0 and "ckpt_00000020.pt" in done.stdout, done.stderr
+    assert "finished at step 40" in done.stdout
+
+
 def test_resuming_a_finished_run_changes_nothing(tiny_data, tmp_path):
     train(tmp_path, tiny_data, max_iters=4)
     before = (tmp_path / "metrics.jsonl").read_bytes()

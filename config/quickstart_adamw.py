@@ -13,6 +13,6 @@ warmup_iters = 100
 eval_interval = 200
 eval_iters = 32        # 256 windows, 65,536 tokens
 log_interval = 20
-compile = False        # would take longer than it saves here
+compile = False        # starts at once and needs no compiler
 optimizer = "adamw"
 learning_rate = 4e-3   # the best of 1e-3, 2e-3 and 4e-3 after 1000 steps

@@ -13,6 +13,6 @@ warmup_iters = 100
 eval_interval = 200
 eval_iters = 32        # 256 windows, 65,536 tokens
 log_interval = 20
-compile = False        # would take longer than it saves here
+compile = False        # starts at once and needs no compiler
 optimizer = "lion"
 learning_rate = 3e-4   # the best of 1e-4 and 3e-4 after 1000 steps

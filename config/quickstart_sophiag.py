@@ -13,6 +13,6 @@ warmup_iters = 100
 eval_interval = 200
 eval_iters = 32        # 256 windows, 65,536 tokens
 log_interval = 20
-compile = False        # would take longer than it saves here
+compile = False        # starts at once and needs no compiler
 optimizer = "sophiag"
 learning_rate = 3e-4   # the best of 2e-4, 3e-4, 1e-3 and 2e-3 after 1000 steps

@@ -61,7 +61,8 @@ def test_fused_equals_eager(dtype, tolerance):
     for fused in False, True:
         base = torch.linspace(-1, 1, 6000, dtype=dtype)
         params = [torch.nn.Parameter(t) for t in (
-            base.clone(), base.clone().view(60, 100).t(), base[:9].clone())]
+            base.clone(), base.clone().view(60, 100).t(), base[:9].clone(),
+            *base.clone().split(1200))]
         optimizer = Lion(params, lr=3e-3, weight_decay=0.6, fused=fused)
         generator = torch.Generator().manual_seed(0)
         for _ in range(10):

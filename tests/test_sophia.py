@@ -77,13 +77,15 @@ def test_fifty_steps_equal_the_reference(dtype, tolerance, changes):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5),
                                               (torch.bfloat16, 0.03)])
 def test_fused_equals_eager(dtype, tolerance):
-    """Also for a view, a non-contiguous parameter, one without a gradient, and two groups; and a
-    new lr compiles nothing."""
+    """Also for a view, a non-contiguous parameter, one without a gradient, several of one length,
+    and two groups; and a new lr compiles nothing."""
+    torch.compiler.reset()   # each code object has a limit of graphs
     def build(fused):
         base = torch.linspace(-1, 1, 6144, dtype=dtype)
         ps = [torch.nn.Parameter(t.clone()) for t in (base, base.view(64, 96), base[:1], base)]
         ps += [torch.nn.Parameter(base.clone().view(96, 64).t()),
                torch.nn.Parameter(base.clone()[7:5000])]
+        ps += [torch.nn.Parameter(base[i:i + 768].clone()) for i in range(6)]
         groups = [{"params": ps[:2]}, {"params": ps[2:], "weight_decay": 0.0, "lr": 1e-3}]
         return ps, SophiaG(groups, **SETTINGS, bs=20, fused=fused)
 
@@ -141,7 +143,7 @@ def test_functional_update_takes_a_tensor_lr():
     results = []
     for lr in (3e-3, torch.tensor(3e-3)):
         tensors = [torch.linspace(-1, 1, 9) + i for i in range(3)] + [torch.ones(9)]
-        sophiag(*tensors, lr=lr, beta1=0.9, rho=0.1, bs=5, weight_decay=0.1)
+        sophiag(*tensors, lr=lr, beta1=0.9, rho_b=0.5, decay=1 - lr * 0.1)
         results.append(tensors[0])
     torch.testing.assert_close(*results)
 

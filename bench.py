@@ -3,23 +3,31 @@ How fast the parts of a run are on this machine: medians of interleaved repetiti
 
     python bench.py config/train_gpt2_small_sophiag.py --batch_size=1 [--key=value ...]
     python bench.py --only=optimizer,generate --repeat=5 --json=bench.json
+    python bench.py config/quickstart_sophiag.py --only=ranks
 
-Sections: optimizer, step, data, generate, tokenize. Settings and files are train.py's; without the
-data set, tokens are random. --profile=trace.json writes a trace of the training step for Perfetto.
+Sections: optimizer, step, memory, data, generate, tokenize; and, when asked for, ranks: train.py
+with one rank against two, a thread or GPU each. Settings and files are train.py's; without the data
+set, tokens are random. --profile=trace.json writes a trace of the training step for Perfetto.
 """
 import contextlib
 import json
+import math
+import multiprocessing
+import os
 import resource
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 
 import torch
+import torch.nn.functional as F
 
 import ddp
-from configurator import UserError, load_config, run_script
+from configurator import ROOT, UserError, load_config, run_script
 from dataloader import DataLoader
-from metrics import peak_flops
+from metrics import peak_flops, read_metrics
 from model import GPT, GPTConfig
 from optim import hessian_due, make_optimizer, parameter_groups
 from tokenizer import TOKENIZERS, get_tokenizer
@@ -46,14 +54,6 @@ def medians(functions, repeat, device):
     return {name: statistics.median(t) for name, t in times.items()}
 
 
-def peak_memory_gb(device):
-    """Peak so far: of the process on a CPU, of PyTorch's allocations on a GPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024   # ru_maxrss is in bytes there
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
 def plain_sophiag(params, state, lr=6e-4, beta1=0.965, rho=0.05, bs=491_520, weight_decay=0.2):
     """The formula, one eager operation after another, tensor by tensor."""
     for p in params:
@@ -62,6 +62,24 @@ def plain_sophiag(params, state, lr=6e-4, beta1=0.965, rho=0.05, bs=491_520, wei
         m.mul_(beta1).add_(p.grad, alpha=1 - beta1)
         ratio = (m.abs() / (rho * bs * h + 1e-15)).clamp(max=1)
         p.add_(m.sign() * ratio, alpha=-lr)
+
+
+def plain_loss(model, x, y):
+    """The model's loss as one would write it down: attention as a T x T matrix, GELU by its
+    formula, all logits at once."""
+    C, T, layers = model.config.n_embd, x.shape[1], model.transformer
+    future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
+    h = layers.wte(x) + layers.wpe(torch.arange(T, device=x.device))
+    for block in layers.h:
+        q, k, v = (t.unflatten(2, (model.config.n_head, -1)).transpose(1, 2)
+                   for t in block.attn.c_attn(block.ln_1(h)).split(C, dim=2))
+        attention = q @ k.transpose(2, 3) * block.attn.scale
+        attention = attention.masked_fill(future, -torch.inf).softmax(-1)
+        h = h + block.attn.c_proj((attention @ v).transpose(1, 2).flatten(2))
+        u = block.mlp.c_fc(block.ln_2(h))
+        u = 0.5 * u * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u ** 3)))
+        h = h + block.mlp.c_proj(u)
+    return F.cross_entropy(model.lm_head(layers.ln_f(h)).flatten(0, 1).float(), y.flatten())
 
 
 def random_model(cfg, device, vocab_size):
@@ -98,24 +116,27 @@ def bench_optimizer(cfg, device, repeat, vocab_size, fused):
         return [t.sum() for pair in state.values() for t in pair]
 
     sophia = optimizers["sophiag fused" if fused else "sophiag eager"]
+    steps = {name: o.step for name, o in optimizers.items()}
+    in_one_pass = {name: step for name, step in steps.items() if "fused" in name}
+    others = {name: step for name, step in steps.items() if name not in in_one_pass}
     with torch.no_grad():
-        found = medians({"copy, 6 passes": copy_six_passes,
-                         **{name: o.step for name, o in optimizers.items()},
-                         "plain formula": lambda: plain_sophiag(params, state),
+        # Apart, since the temporary tensors of the others slow down what comes after them.
+        found = medians({"copy, 6 passes": copy_six_passes, **in_one_pass,
                          "read of m and h": read_m_and_h,
                          "sophiag update_hessian": sophia.update_hessian,
                          "sophiag statistics": sophia.statistics}, repeat, device)
+        found |= medians({**others, "plain formula": lambda: plain_sophiag(params, state)}, repeat,
+                         device)
     for name, seconds in found.items():
         yield name, seconds * 1e3, "ms", f"{seconds / found['copy, 6 passes']:.2f} x copy"
 
 
-def bench_step(cfg, device, repeat, vocab_size, data, compile_model, trace):
-    """Parts of a training step, and of a Hessian update, for one micro-batch on this rank."""
+def passes(cfg, device, vocab_size, compile_model):
+    """The model and {name: function}, the passes over a micro-batch of random tokens."""
     dtype = ddp.pick_dtype(cfg.dtype, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=False)
     model = random_model(cfg, device, vocab_size)
-    optimizer = make_optimizer(cfg, model, fused=compile_model)
     if compile_model:
         model.compile_for_training()
     shape = cfg.batch_size, cfg.block_size
@@ -130,40 +151,113 @@ def bench_step(cfg, device, repeat, vocab_size, data, compile_model, trace):
         return lambda: accumulate_gradients(model, x, targets, loss, cfg.batch_size, autocast,
                                             scaler)
 
-    functions = {"forward": forward,
-                 "forward and backward": pass_of(y, next_token_loss),
-                 "clip": lambda: clip_gradients(model, optimizer, scaler, cfg.grad_clip),
-                 "optimizer": optimizer.step}
+    return model, {"forward": forward,
+                   "plain forward and backward": pass_of(y, plain_loss),
+                   "forward and backward": pass_of(y, next_token_loss),
+                   "hessian: forward and backward": pass_of(noise, sampled_label_loss)}
+
+
+def bench_step(cfg, device, repeat, vocab_size, data, compile_model, trace):
+    """Parts of a training step, and of a Hessian update, for one micro-batch on this rank."""
+    model, functions = passes(cfg, device, vocab_size, compile_model)
+    scaler = torch.amp.GradScaler(device.type, enabled=False)
+    optimizer = make_optimizer(cfg, model, fused=compile_model)
+    adamw = torch.optim.AdamW(parameter_groups(model, 0.1), fused=True)
+    dtype = ddp.pick_dtype(cfg.dtype, device)
+    square = torch.randn(2048, 2048, device=device, dtype=dtype)
+    functions |= {"clip": lambda: clip_gradients(model, optimizer, scaler, cfg.grad_clip),
+                  "adamw": adamw.step, cfg.optimizer: optimizer.step,
+                  "matmul": lambda: square @ square}
     has_hessian = hessian_due(cfg.hessian_interval, cfg)
     if has_hessian:
-        functions |= {"hessian: forward and backward": pass_of(noise, sampled_label_loss),
-                      "hessian: update": optimizer.update_hessian}
+        functions["hessian: update"] = optimizer.update_hessian
+    else:
+        del functions["hessian: forward and backward"]
     steps = iter(range(10**9))
     if data is not None:
         functions["data, a whole step's"] = lambda: data.train(next(steps))
     found = medians(functions, repeat, device)
+    both = found["forward and backward"]
+    rate = 2 * len(square) ** 3 / found["matmul"]
+    flops = model.flops_per_token() * cfg.batch_size * cfg.block_size / both
+    plain = found["plain forward and backward"]
+    notes = {"plain forward and backward": f"{plain / both:.2f} x ours",
+             "forward and backward": f"{flops / 1e9:,.0f} GFLOP/s, {flops / rate:.1%} of matmul's",
+             "matmul": f"{rate / 1e9:,.0f} GFLOP/s"}
     for name, seconds in found.items():
-        yield name, seconds * 1e3, "ms", ""
-    micro_steps = cfg.total_batch_size / cfg.batch_size
-    plain = (micro_steps * found["forward and backward"] + found["clip"] + found["optimizer"]
-             + found.get("data, a whole step's", 0))
-    extra = 0.0
+        yield name, seconds * 1e3, "ms", notes.get(name, "")
+    common = (cfg.total_batch_size / cfg.batch_size * both + found["clip"]
+              + found.get("data, a whole step's", 0))
+    whole = common + found[cfg.optimizer]
     if has_hessian:
         hessian_micro_steps = cfg.hessian_batch_size / cfg.batch_size
-        extra = (hessian_micro_steps * found["hessian: forward and backward"] + found["clip"]
-                 + found["hessian: update"]) / cfg.hessian_interval
-        yield "hessian, share of a step", 100 * extra / plain, "%", f"every {cfg.hessian_interval}"
-    rate = cfg.tokens_per_step / (plain + extra)
-    yield "whole step", 1e3 * (plain + extra), "ms", f"{rate:,.0f} tokens/s"
-    flops = model.flops_per_token() * rate
+        whole += (hessian_micro_steps * found["hessian: forward and backward"] + found["clip"]
+                  + found["hessian: update"]) / cfg.hessian_interval
+    yield (f"whole step, {cfg.optimizer}", 1e3 * whole, "ms",
+           f"{cfg.tokens_per_step / whole:,.0f} tokens/s")
+    if cfg.optimizer != "adamw":
+        yield ("whole step, adamw", 1e3 * (common + found["adamw"]), "ms",
+               f"{cfg.optimizer} takes {whole / (common + found['adamw']) - 1:+.2%}")
+    flops = model.flops_per_token() * cfg.tokens_per_step / whole
     peak = peak_flops(device, dtype)
     yield "model FLOPs", flops / 1e12, "TFLOP/s", f"mfu {flops / peak:.1%}" if peak else ""
-    yield "peak memory", peak_memory_gb(device), "GB", ""
     if trace:
         with torch.profiler.profile() as profiler:
             functions["forward and backward"]()
-            functions["optimizer"]()
+            functions[cfg.optimizer]()
         profiler.export_chrome_trace(trace)
+
+
+def peak_memory(name, cfg, device, vocab_size, compile_model):
+    """Peak, in bytes, during a pass that was made once before; of all of the process on a CPU."""
+    _, functions = passes(cfg, device, vocab_size, compile_model)
+    functions[name]()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        functions[name]()
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "linux":
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")   # the peak starts anew
+        functions[name]()
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+    functions[name]()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (sys.platform == "darwin" or 1024)
+
+
+def bench_memory(cfg, device, vocab_size, compile_model):
+    """Each in a process of its own: what one pass leaves to the allocator would count for the next.
+    """
+    names = ["plain forward and backward", "forward and backward"]
+    if hessian_due(cfg.hessian_interval, cfg):
+        names.append("hessian: forward and backward")
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        peaks = pool.starmap(peak_memory, [(name, cfg, device, vocab_size, compile_model)
+                                           for name in names], chunksize=1)
+    for name, peak in zip(names, peaks):
+        yield name, peak / 1e9, "GB", f"{peak / peaks[0]:.2f} x plain"
+
+
+def bench_ranks(words, repeat):
+    """Throughput of train.py with one rank and with two, in turn."""
+    rates = {1: [], 2: []}
+    for ranks in [1, 2] * repeat:
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                       f"--nproc_per_node={ranks}", os.path.join(ROOT, "train.py"), *words,
+                       f"--out_dir={folder}", "--max_iters=21", "--lr_decay_iters=21",
+                       "--warmup_iters=1", "--log_interval=10", "--eval_iters=1"]
+            done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                                  capture_output=True, text=True)
+            if done.returncode:
+                raise UserError(f"train.py with {ranks} ranks failed: "
+                                f"{(done.stderr.strip() or '?').splitlines()[-1]}")
+            log = read_metrics(os.path.join(folder, "metrics.jsonl"))
+            rates[ranks].append([r["tokens_per_sec"] for r in log if "tokens_per_sec" in r][-1])
+    one, two = (statistics.median(r) for r in rates.values())
+    yield "1 rank", one, "tokens/s", ""
+    yield "2 ranks", two, "tokens/s", f"{two / one:.2f} x"
 
 
 def bench_data(data, repeat, device):
@@ -211,7 +305,7 @@ def bench_tokenize(repeat, device):
 
 
 def main(argv):
-    own = {"only": "optimizer,step,data,generate,tokenize", "json": "", "repeat": "5",
+    own = {"only": "optimizer,step,memory,data,generate,tokenize", "json": "", "repeat": "5",
            "profile": ""}
     rest = []
     for word in argv:
@@ -222,11 +316,8 @@ def main(argv):
             own[name] = value
         else:
             rest.append(word)
-    wanted = own["only"].split(",")
     if not own["repeat"].isdigit() or own["repeat"] == "0":
         raise UserError(f"repeat must be a positive number, got {own['repeat']}")
-    if unknown := set(wanted) - {"optimizer", "step", "data", "generate", "tokenize"}:
-        raise UserError(f"no section {unknown.pop()}; see --help")
     repeat = int(own["repeat"])
     cfg = load_config(rest)
     world = ddp.join(cfg.device)
@@ -240,9 +331,14 @@ def main(argv):
     sections = {
         "optimizer": lambda: bench_optimizer(cfg, device, repeat, vocab_size, fused),
         "step": lambda: bench_step(cfg, device, repeat, vocab_size, data, fused, own["profile"]),
+        "memory": lambda: bench_memory(cfg, device, vocab_size, fused),
         "data": lambda: bench_data(data, repeat, device) if data else (),
         "generate": lambda: bench_generate(cfg, device, vocab_size),
-        "tokenize": lambda: bench_tokenize(repeat, device)}
+        "tokenize": lambda: bench_tokenize(repeat, device),
+        "ranks": lambda: bench_ranks(rest, repeat)}
+    wanted = own["only"].split(",")
+    if unknown := set(wanted) - set(sections):
+        raise UserError(f"no section {unknown.pop()}; see --help")
     rows = []
     for section in wanted:
         for name, value, unit, note in sections[section]():

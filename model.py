@@ -90,7 +90,7 @@ class GPT(nn.Module):
             ln_f=nn.LayerNorm(config.n_embd, bias=config.bias)))
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight
-        self._hidden_for_loss = self._hidden
+        self._hidden_for_loss, self._loss_and_gradient = self._hidden, loss_and_gradient
         self.apply(self._init_weights)
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):   # residual projections, GPT-2 paper
@@ -116,12 +116,14 @@ class GPT(nn.Module):
             return F.linear(self._hidden(idx), self.lm_head.weight)[..., :self.config.vocab_size]
         h = self._hidden_for_loss(idx).flatten(0, 1)
         targets, label_noise = (None if t is None else t.flatten() for t in (targets, label_noise))
-        return HeadLoss.apply(h, self.lm_head.weight, targets, label_noise, self.config.vocab_size)
+        return HeadLoss.apply(h, self.lm_head.weight, targets, label_noise, self.config.vocab_size,
+                              self._loss_and_gradient)
 
     def compile_for_training(self):
-        """Compile the layers for the two losses, which share the result; evaluation and sampling,
-        with their many shapes, stay eager. The head is a loop over chunks and stays eager too."""
+        """Compile the layers for the two losses, which share the result, and what the head does to
+        a chunk of logits; evaluation and sampling, with their many shapes, stay eager."""
         self._hidden_for_loss = torch.compile(self._hidden, dynamic=False)
+        self._loss_and_gradient = torch.compile(loss_and_gradient, dynamic=False)
 
     @torch.no_grad()
     def token_losses(self, idx, targets):
@@ -228,13 +230,31 @@ def draw_labels(probs, noise):
     A label for each row of probs (N, classes): the first class at which the distribution function
     exceeds noise (N,), uniform in [0, 1). Returns (N,) int64.
 
-    One random number a label, where Gumbel noise takes one a class: on a 2-core CPU 0.26 s against
-    1.37 s for 1024 tokens of GPT-2. And as the noise is an input, labels do not depend on ranks,
-    micro-batches or device.
+    One random number a label, where Gumbel noise takes one a class. And as the noise is an input,
+    labels do not depend on ranks, micro-batches or device. The function is summed in two levels,
+    over blocks of 64 classes and then within the block that is met: less work and less rounding.
     """
-    cdf = probs.cumsum(-1)
-    labels = torch.searchsorted(cdf, noise[:, None] * cdf[:, -1:], right=True)
-    return labels.squeeze(1).clamp_(max=probs.shape[-1] - 1)
+    classes = probs.shape[-1]
+    blocks = F.pad(probs, (0, -classes % 64)).unflatten(-1, (-1, 64))
+    sums = blocks.sum(-1)
+    cdf = sums.cumsum(-1)
+    height = noise[:, None] * cdf[:, -1:]
+    block = torch.searchsorted(cdf, height, right=True).clamp_(max=cdf.shape[-1] - 1)
+    height = height - (cdf - sums).gather(1, block)
+    cdf = blocks.take_along_dim(block[..., None], dim=1).squeeze(1).cumsum(-1)
+    label = 64 * block + torch.searchsorted(cdf, height, right=True).clamp_(max=63)
+    return label.squeeze(1).clamp_(max=classes - 1)
+
+
+def loss_and_gradient(logits, targets, label_noise, vocab_size, precise):
+    """Summed cross-entropy of logits (N, padded classes), 0-dim in dtype `precise`, against targets
+    or, where they are None, drawn labels; and its gradient, like logits. See HeadLoss."""
+    log_probs = F.log_softmax(logits, -1, dtype=precise)
+    probs = log_probs.exp()
+    labels = draw_labels(probs[:, :vocab_size], label_noise) if targets is None else targets
+    is_label = torch.arange(probs.shape[1], device=probs.device) == labels[:, None]
+    loss = -log_probs.gather(1, labels[:, None]).sum()
+    return loss, (probs - is_label.to(precise)).to(logits.dtype)
 
 
 class HeadLoss(torch.autograd.Function):
@@ -253,7 +273,7 @@ class HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, h, weight, targets, label_noise, vocab_size):
+    def forward(ctx, h, weight, targets, label_noise, vocab_size, loss_and_gradient):
         if torch.is_autocast_enabled(h.device.type):
             h = h.to(torch.get_autocast_dtype(h.device.type))
         w = weight.to(h.dtype)
@@ -264,14 +284,11 @@ class HeadLoss(torch.autograd.Function):
         rows = rows_per_chunk(h)
         for i in range(0, len(h), rows):
             h_i = h[i:i + rows]
-            log_probs = F.log_softmax(F.linear(h_i, w), -1, dtype=precise)
-            probs = log_probs.exp()
-            if targets is None:
-                labels = draw_labels(probs[:, :vocab_size], label_noise[i:i + rows])[:, None]
-            else:
-                labels = targets[i:i + rows, None]
-            loss -= log_probs.gather(1, labels).sum()
-            grad_logits = probs.scatter_add_(1, labels, -torch.ones_like(probs[:, :1])).to(h.dtype)
+            targets_i, noise_i = (None if t is None else t[i:i + rows]
+                                  for t in (targets, label_noise))
+            loss_i, grad_logits = loss_and_gradient(F.linear(h_i, w), targets_i, noise_i,
+                                                    vocab_size, precise)
+            loss += loss_i
             torch.mm(grad_logits, w, out=grad_h[i:i + rows])
             if h.dtype == weight.dtype:
                 grad_w.addmm_(grad_logits.t(), h_i)
@@ -284,4 +301,4 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx, grad_loss):
         (grad_h, grad_w), ctx.gradients = ctx.gradients, None   # scaled in place: backward once
         scale = grad_loss / len(grad_h)
-        return grad_h.mul_(scale), grad_w.mul_(scale), None, None, None
+        return grad_h.mul_(scale), grad_w.mul_(scale), None, None, None, None

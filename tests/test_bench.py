@@ -2,7 +2,11 @@
 test's business."""
 import json
 
+import torch
 from conftest import TINY, flags, run
+
+from bench import plain_loss
+from model import GPT, GPTConfig
 
 
 def test_every_section_reports_positive_numbers(tiny_data, tmp_path):
@@ -11,13 +15,12 @@ def test_every_section_reports_positive_numbers(tiny_data, tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "bench.json").read_text())
     rows = {(r["section"], r["name"]): r for r in found["rows"]}
-    assert {section for section, _ in rows} == {"optimizer", "step", "data", "generate",
+    assert {section for section, _ in rows} == {"optimizer", "step", "memory", "data", "generate",
                                                 "tokenize"}
     for (_, name), row in rows.items():
         assert row["value"] > 0 and name in done.stdout, name
     assert "equal tokens" in rows["generate", "16 tokens, uncached"]["note"]
-    share = rows["step", "hessian, share of a step"]["value"]
-    assert 0 < share < 100
+    assert "sophiag takes" in rows["step", "whole step, adamw"]["note"]
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
 
 
@@ -26,6 +29,23 @@ def test_adamw_has_no_hessian_and_missing_data_means_random_tokens(tmp_path):
                "--only=step", "--repeat=1", "--n_embd=16")
     assert done.returncode == 0, done.stderr
     assert "random tokens" in done.stdout and "hessian:" not in done.stdout
+
+
+def test_plain_loss_is_the_models():
+    """The reference that the step is compared with computes the same thing."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=65, block_size=16, n_layer=2, n_head=2, n_embd=32))
+    x, y = torch.randint(0, 65, (2, 3, 16))
+    plain, ours = plain_loss(model, x, y), model(x, targets=y)
+    torch.testing.assert_close(plain, ours)
+    for a, b in zip(*(torch.autograd.grad(loss, model.parameters()) for loss in (plain, ours))):
+        torch.testing.assert_close(a, b)
+
+
+def test_one_rank_against_two(tiny_data):
+    done = run("bench.py", *flags(**TINY, dataset=tiny_data), "--only=ranks", "--repeat=1")
+    assert done.returncode == 0, done.stderr
+    assert "1 rank " in done.stdout and "2 ranks" in done.stdout and " x" in done.stdout
 
 
 def test_mistakes_get_one_line():

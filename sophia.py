@@ -59,8 +59,8 @@ def apply(rule, fused, *lists, unroll=True, **settings):
     """
     [rule(*row, **settings) for row in zip(*lists)], in another order; where fused, the rule is
     compiled to one pass over memory. Settings are tensors there: a new float would be compiled
-    anew. A call costs 100 us on a CPU, so four tensors of one length share one where
-    unroll is set.
+    anew. A call costs 100 us on a CPU, so where `unroll` is set four tensors of one length share
+    one.
     """
     rows = list(zip(*lists))
     if not fused:

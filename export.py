@@ -9,7 +9,7 @@ import os
 from safetensors.torch import save
 
 import checkpoint
-from configurator import ArgumentParser, UserError, run_script
+from configurator import ArgumentParser, UserError, run_script, write_atomically
 from model import GPT, GPTConfig
 from sample import best_checkpoint
 from tokenizer import get_tokenizer
@@ -105,7 +105,7 @@ def main(argv):
     files["model.safetensors"] = save(hf_weights(model), metadata={"format": "pt"})
     unfinished = args.out.rstrip("/") + ".tmp"
     for name, content in files.items():
-        checkpoint.write_atomically(os.path.join(unfinished, name),
+        write_atomically(os.path.join(unfinished, name),
                                     lambda file, content=content: file.write(content))
     os.replace(unfinished, args.out)
     print(f"{path}, step {saved['step']}: wrote {args.out}. "

@@ -13,8 +13,7 @@ from datetime import timedelta
 import torch
 
 import ddp
-from checkpoint import write_atomically
-from configurator import ROOT, UserError, to_json
+from configurator import ROOT, UserError, to_json, write_atomically
 
 # Dense bfloat16/float16 tensor-core peaks in FLOP/s, from NVIDIA's data sheets.
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12,

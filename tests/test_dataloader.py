@@ -1,25 +1,19 @@
 """
-Batches as a pure function of (seed, stream, step), what is refused of a data set, and the
-prepare.py scripts. In most tests a token is its own position in the file, so x shows the windows.
+Batches as a pure function of (seed, stream, step), and what is refused of a data set. In most tests
+a token is its own position in the file, so x shows the windows.
 """
-import hashlib
-import importlib.util
 import json
 import os
-import sys
-import sysconfig
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, flags, run, write_data
+from conftest import TINY, flags, write_data
 
 from configurator import UserError, load_config
 from dataloader import DataLoader
 from ddp import World
-from tokenizer import get_tokenizer
 
 T = 16
 TRAIN, VAL = 2021, 600   # tokens: 125 training windows of 16, 37 validation windows
@@ -217,62 +211,3 @@ def test_resident_memory_does_not_grow_by_the_file(tmp_path):
     mapped = np.memmap(folder / "train.bin", np.uint16, "r")
     assert mapped.sum() == 26_000_000
     assert resident_bytes() - before > 40e6   # what a mapping costs: the measure can tell
-
-
-def documents(folder, split):
-    ids = np.fromfile(folder / f"{split}.bin", "<u2")
-    assert ids[-1] == 256
-    ends = np.flatnonzero(ids == 256)
-    tokenizer = get_tokenizer("bytes")
-    return [tokenizer.decode(part[:-1].tolist()) for part in np.split(ids, ends + 1)[:-1]]
-
-
-def test_pystdlib_is_the_library_split_in_two_the_same_each_time(tmp_path):
-    for name in "a", "b":   # string hashes, hence orders of sets, differ
-        done = run("data/pystdlib/prepare.py", f"--out_dir={tmp_path / name}",
-                   PYTHONHASHSEED=str(ord(name)))
-        assert done.returncode == 0, done.stderr
-    files = {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
-    assert sorted(files) == ["meta.json", "train.bin", "val.bin"]
-    assert files == {p.name: p.read_bytes() for p in (tmp_path / "b").iterdir()}
-
-    meta = json.loads(files["meta.json"])
-    for split in "train", "val":
-        assert meta[f"{split}_tokens"] * 2 == len(files[f"{split}.bin"])
-        assert meta[f"{split}_sha256"] == hashlib.sha256(files[f"{split}.bin"]).hexdigest()
-    assert 0.01 < meta["val_tokens"] / meta["train_tokens"] < 0.1
-    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-    library = Path(sysconfig.get_paths()["stdlib"])
-    sources = Counter(path.read_text(encoding="utf-8", errors="replace")
-                      for path in library.rglob("*.py")
-                      if not left_out & set(path.relative_to(library).parts[:-1]))
-    sources.subtract(documents(tmp_path / "a", "train") + documents(tmp_path / "a", "val"))
-    # Each file is once in one of the two, and its text comes back whole.
-    assert not [text[:100] for text, count in sources.items() if count]
-
-
-def test_shakespeare_is_refused_without_network_or_with_another_text(tmp_path):
-    (tmp_path / "other.txt").write_text("not a play")
-    for words, named in ([], "--source"), ([f"--source={tmp_path / 'other.txt'}"], "checksum"), \
-            (["--source=/nowhere.txt"], "/nowhere.txt"):
-        done = run("data/shakespeare/prepare.py", f"--out_dir={tmp_path / 'out'}", *words,
-                   https_proxy="http://127.0.0.1:9", no_proxy="")
-        assert done.returncode == 2 and done.stdout == ""
-        assert done.stderr.startswith("prepare.py: error: ") and done.stderr.count("\n") == 1
-        assert named in done.stderr
-        assert not (tmp_path / "out").exists()
-
-
-def test_shakespeare_is_split_at_nine_tenths(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "path", list(sys.path))   # the script adds a folder to it
-    spec = importlib.util.spec_from_file_location("play", ROOT / "data/shakespeare/prepare.py")
-    play = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(play)
-    text = "Élan: to be, or not to be.\n" * 100   # bytes and characters differ in number
-    (tmp_path / "input.txt").write_bytes(text.encode())
-    monkeypatch.setattr(play, "SHA256", hashlib.sha256(text.encode()).hexdigest())
-    play.main([f"--source={tmp_path / 'input.txt'}", f"--out_dir={tmp_path}", "--tokenizer=bytes"])
-    assert documents(tmp_path, "train") == [text[:2430]]   # of 2700 characters
-    assert documents(tmp_path, "val") == [text[2430:]]
-    batches = loader(tmp_path)
-    assert get_tokenizer(batches.meta["tokenizer"]).vocab_size == batches.meta["vocab_size"]

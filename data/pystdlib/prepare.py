@@ -12,7 +12,10 @@ import sysconfig
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from tokenize_to_bin import UserError, prepare_arguments, run_script, write_bins  # noqa: E402
+from tokenize_to_bin import prepare_arguments, write_bins  # noqa: E402, I001
+
+from configurator import UserError, run_script  # noqa: E402
+from documents import Texts  # noqa: E402
 
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
@@ -31,10 +34,9 @@ def in_val(name):
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % 20 == 0
 
 
-def read_all(root, names):
-    for name in names:
-        with open(os.path.join(root, name), encoding="utf-8", errors="replace") as file:
-            yield file.read()
+def read(path):
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return file.read()
 
 
 def main(argv):
@@ -44,9 +46,8 @@ def main(argv):
     if len(names) < 100:
         raise UserError(f"{root} has only {len(names)} source files: this Python comes without its "
                         f"standard library's source")
-    write_bins(args.out_dir, args.tokenizer,
-               train=read_all(root, [n for n in names if not in_val(n)]),
-               val=read_all(root, [n for n in names if in_val(n)]))
+    write_bins(args, Texts([read(os.path.join(root, name)) for name in names]),
+               lambda index, utf8: "val" if in_val(names[index]) else "train")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,10 @@ import urllib.request
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from tokenize_to_bin import UserError, prepare_arguments, run_script, write_bins  # noqa: E402
+from tokenize_to_bin import SPLITS, prepare_arguments, write_bins  # noqa: E402, I001
+
+from configurator import UserError, run_script  # noqa: E402
+from documents import Texts  # noqa: E402
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -32,7 +35,7 @@ def read_text(source):
                         ) from None
     if hashlib.sha256(raw).hexdigest() != SHA256:
         raise UserError(f"{source or URL} is not tiny Shakespeare, or only a part of it: its "
-                        f"checksum is wrong. For another text see data/tokenize_to_bin.py")
+                        f"checksum is wrong. For another text use data/custom/prepare.py")
     return raw.decode("utf-8")
 
 
@@ -42,7 +45,7 @@ def main(argv):
     args = parser.parse_args(argv)
     text = read_text(args.source)
     cut = int(len(text) * 0.9)
-    write_bins(args.out_dir, args.tokenizer, train=[text[:cut]], val=[text[cut:]])
+    write_bins(args, Texts([text[:cut], text[cut:]]), lambda index, utf8: SPLITS[index])
 
 
 if __name__ == "__main__":

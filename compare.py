@@ -24,6 +24,12 @@ SHARED = ("dataset", "block_size", "total_batch_size", "eval_iters", "max_iters"
           "decay_lr", "warmup_iters", "seed", "init_from", "n_layer", "n_head", "n_embd", "dropout",
           "bias", "scale_attn_by_inverse_layer_idx")
 
+NOTE = """\
+Differences of val loss; below 0: better than the baseline. On the same windows their standard error
+is at most the root of the sum of both squares. Between evaluations, linear interpolation; before
+the end of a run its learning rate is still high, and the loss with it, so that speed-ups (x) come
+out too small."""
+
 
 @dataclass
 class Run:
@@ -47,7 +53,7 @@ class Run:
         """Median over stretches of 100 steps: each holds several Hessian estimates, so that their
         cost is in it however often the run logs. None if not known."""
         steps, seconds = self.series("iter", "seconds")
-        if not steps.size or steps[-1] == 0:
+        if not steps.size or steps[0] == steps[-1]:
             return None
         ends = np.unique(np.searchsorted(steps, [*range(0, int(steps[-1]), 100), steps[-1]]))
         return 1000 * np.median(np.diff(seconds[ends]) / np.diff(steps[ends]))
@@ -105,12 +111,11 @@ def duration(seconds):
     return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
 
 
-def print_table(rows):
-    """rows: dicts with the same keys, in the order of the columns."""
-    widths = {key: max(len(key), *(len(row[key]) for row in rows)) for key in rows[0]}
-    for row in [{key: key for key in widths}, *rows]:
-        print("  ".join(row[key].ljust(width) for key, width in widths.items()).rstrip())
-    print()
+def table(rows):
+    """Text of rows, dicts with the same keys in the order of the columns; "" without rows."""
+    widths = {key: max(len(row[key]) for row in [{key: key}, *rows]) for key in dict(*rows[:1])}
+    return "\n".join("  ".join(row[key].ljust(width) for key, width in widths.items()).rstrip()
+                     for row in [dict(zip(widths, widths)), *rows])
 
 
 def summary(run, base):
@@ -185,18 +190,13 @@ def main(argv):
         runs += read_export(path) if path.endswith(".csv") else [read_run(path)]
     name_runs(runs)
     base = next((run for run in runs if run.config.get("optimizer") == "adamw"), runs[0])
-    print_table([summary(run, base) for run in runs])
-    if rows := differences(runs):
-        print_table(rows)
     measured = [against(run, base) for run in runs if run is not base]
-    for line in dict.fromkeys(line for _, warnings in measured for line in warnings):
-        print(f"warning: {line}")
+    warnings = dict.fromkeys(f"warning: {line}" for _, lines in measured for line in lines)
+    parts = [table([summary(run, base) for run in runs]), table(differences(runs)),
+             "\n".join(warnings), table([row for row, _ in measured])]
+    print("\n\n".join(part for part in parts if part))
     if measured:
-        print_table([row for row, _ in measured])
-        print("Differences of val loss; below 0: better than the baseline. Their standard error is "
-              "at most the root of the\nsum of both squares, less as far as the windows are the "
-              "same. Between evaluations, linear interpolation; on\nthe way the learning rate is "
-              "still high, and the loss with it, so that speed-ups (x) come out too small.")
+        print(NOTE)
     if args.plot:
         try:
             from plot import plot  # only when asked for: importing matplotlib takes a second

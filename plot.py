@@ -8,9 +8,10 @@ from matplotlib.figure import Figure  # not pyplot: without it no display is nee
 
 from configurator import UserError
 
-# Panels of a plot: x, y, label of y.
-PANELS = (("iter", "val/loss", "validation loss"), ("tokens", "val/loss", "validation loss"),
-          ("seconds", "val/loss", "validation loss"), ("iter", "train/loss", "training loss"),
+VAL_LOSS = "validation loss (nats/token)"
+# Panels: x, y, label of y.
+PANELS = (("iter", "val/loss", VAL_LOSS), ("tokens", "val/loss", VAL_LOSS),
+          ("seconds", "val/loss", VAL_LOSS), ("iter", "train/loss", "training loss (nats/token)"),
           ("iter", "train/win_rate", "win_rate (grey: healthy)"), ("iter", "lr", "learning rate"),
           ("iter", "grad_norm", "gradient norm"), ("iter", "train/clip_rate", "clip_rate"))
 SCALES = {"iter": [(1e3, "thousands of steps"), (1, "steps")],
@@ -45,7 +46,7 @@ def draw(axis, runs, x, y, label):
         if y not in ("val/loss", "lr") and xs.size:   # noisy: a moving median before the values
             axis.plot(xs / unit, ys, color=colour, alpha=0.2, linewidth=0.6, zorder=1)
             view = np.lib.stride_tricks.sliding_window_view
-            xs, ys = (np.median(view(v, 1 + len(v) // 40), axis=1) for v in (xs, ys))
+            xs, ys = (np.median(view(v, 1 + len(v) // 25), axis=1) for v in (xs, ys))
         axis.plot(xs / unit, ys, color=colour, linestyle=("-", "--", "-.", ":")[i % 4],
                   marker="osD^vP"[i % 6] if y == "val/loss" else None, markersize=4,
                   markevery=max(1, len(xs) // 12), label=run.name)
@@ -53,10 +54,12 @@ def draw(axis, runs, x, y, label):
     axis.set(xlabel=x_label, ylabel=label)
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
-    margin = 0.05 * (max(shown) - min(shown))
+    low, high = min(shown), max(shown)
     if y == "train/win_rate":
         axis.axhspan(0.1, 0.5, color="#999999", alpha=0.2, linewidth=0)
-        axis.set_ylim(0, max(0.6, 1.05 * max(shown)))
-    elif y in ("val/loss", "train/loss", "grad_norm") and margin:
-        # The first values, a loss near ln(vocabulary), would flatten the rest.
-        axis.set_ylim(min(shown) - margin, max(shown) + margin)
+        axis.set_ylim(0, max(0.6, 1.05 * high))
+    elif y == "grad_norm":
+        axis.set_ylim(0, 1.2 * high)
+    elif y in ("val/loss", "train/loss") and low < high:
+        # The first losses, near ln(vocabulary), would flatten the rest.
+        axis.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))

@@ -1,0 +1,264 @@
+"""compare.py on invented runs, whose answers are known by hand."""
+import contextlib
+import io
+import json
+import os
+import re
+import struct
+
+import pytest
+from conftest import run
+
+from compare import main
+from configurator import UserError
+
+CONFIG = dict(
+    out_dir="out", init_from="scratch", seed=1, eval_interval=100, eval_iters=2, log_interval=10,
+    wandb_run_name="x", dataset="tiny", batch_size=4, total_batch_size=8, block_size=32, n_layer=2,
+    n_head=2, n_embd=32, dropout=0.0, bias=False, scale_attn_by_inverse_layer_idx=True,
+    optimizer="adamw", learning_rate=1e-3, min_lr=1e-4, max_iters=400, warmup_iters=10,
+    lr_decay_iters=400, decay_lr=True, weight_decay=0.1, rho=0.05)
+ADAMW = {0: 5.0, 100: 4.0, 200: 3.0, 300: 2.6, 400: 2.5}
+# Goes from 2.7 to 2.3 between steps 200 and 300: is at 2.5, AdamW's end, at step 250.
+SOPHIAG = {0: 5.0, 100: 3.5, 200: 2.7, 300: 2.3, 400: 2.2}
+
+
+def invent(folder, losses=ADAMW, ms=100, win_rate=None, hessian_ms=0, **config):
+    """A run directory. Losses by step; every tenth step takes hessian_ms more."""
+    folder.mkdir(parents=True)
+    config = {**CONFIG, "out_dir": str(folder), "wandb_run_name": folder.name, **config}
+    (folder / "config.json").write_text(json.dumps(config))
+    lines = []
+    for step in range(max(losses) + 1):
+        at = {"iter": step, "tokens": step * 256,
+              "seconds": (step * ms + step // 10 * hessian_ms) / 1000}
+        if step:
+            rate = {} if win_rate is None else {"train/win_rate": win_rate(step)}
+            lines.append({**at, "train/loss": 5 - step / 200, "lr": 1e-3, "grad_norm": 1.0, **rate})
+        if step in losses:
+            lines.append({**at, "val/loss": losses[step], "val/loss_stderr": 0.0125})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def compare(*words):
+    """What compare.py prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        main([str(word) for word in words])
+    return output.getvalue()
+
+
+def error(*words):
+    """The one line that compare.py refuses with."""
+    with pytest.raises(UserError) as refused:
+        compare(*words)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+def tables(output):
+    """Rows of the tables that output consists of: {first cell of a row: {column: cell}}, merged."""
+    cells = {}
+    for block in output.split("\n\n"):
+        head, *rows = block.splitlines()
+        starts = [m.start() for m in re.finditer(r"(?<!\S)\S+(?: \S+)*", head)]
+        ends = [*starts[1:], None]
+        names = [head[a:b].strip() for a, b in zip(starts, ends)]
+        for row in rows:
+            values = [row[a:b].strip() for a, b in zip(starts, ends)]
+            cells.setdefault(values[0], {}).update(zip(names, values))
+    return cells
+
+
+@pytest.fixture
+def adamw(tmp_path):
+    return invent(tmp_path / "adamw")
+
+
+@pytest.fixture
+def sophiag(tmp_path):
+    """As fast as AdamW but for the Hessian, which costs 10%."""
+    return invent(tmp_path / "sophiag", SOPHIAG, optimizer="sophiag", weight_decay=0.2,
+                  win_rate=lambda step: 0.9 if step <= 40 else 0.15 + step / 2000, hessian_ms=100)
+
+
+def test_what_each_run_came_to(sophiag, adamw):
+    output = compare(sophiag, adamw)
+    rows = tables(output)
+    assert {
+        "optimizer": "sophiag", "steps": "400", "tokens": "102,400", "time": "0.7 min",
+        "final val loss": "2.2000 +- 0.0125", "best val loss": "2.2000 at 400",
+        "win_rate": "0.17-0.35", "ms/step": "110.0", "overhead": "+10.0%",
+    }.items() <= rows["sophiag"].items()
+    assert (rows["adamw"]["win_rate"], rows["adamw"]["ms/step"]) == ("-", "100.0")
+    assert max(map(len, output.splitlines())) <= 120
+
+
+def test_the_best_evaluation_need_not_be_the_last(tmp_path):
+    row = tables(compare(invent(tmp_path / "over", {0: 5, 200: 2.25, 400: 2.5})))["over"]
+    assert (row["final val loss"], row["best val loss"]) == ("2.5000 +- 0.0125", "2.2500 at 200")
+
+
+def test_speed_up_is_interpolated_between_evaluations(sophiag, adamw):
+    output = compare(sophiag, adamw)
+    row = tables(output)["sophiag"]
+    assert "warning" not in output
+    assert row["steps to 2.5000"] == "250 (1.60x)"
+    assert row["time to 2.5000"] == "0.5 min (1.45x)"     # 40 s against 250 x 0.11 s
+    assert row["at equal steps"] == "-0.3000 at 400"
+    # After 40 s sophiag is at step 363.6, 2.3 - 0.1 x 0.636 = 2.2364.
+    assert row["at equal time"] == "-0.2636 at 0.7 min"
+
+
+def test_the_baseline_is_the_first_adamw_run_or_else_the_first(tmp_path, sophiag, adamw):
+    lion = invent(tmp_path / "lion", SOPHIAG, optimizer="lion")
+    assert "against adamw " in compare(lion, sophiag, adamw)
+    assert "against lion " in compare(lion, sophiag)
+
+
+def test_a_loss_that_is_never_reached(tmp_path, adamw):
+    worse = invent(tmp_path / "worse", {0: 5.0, 400: 2.75}, optimizer="lion")
+    row = tables(compare(worse, adamw))["worse"]
+    assert row["steps to 2.5000"] == row["time to 2.5000"] == "not reached"
+    assert row["at equal steps"] == "+0.2500 at 400"
+
+
+def test_settings_that_differ(sophiag, adamw):
+    rows = tables(compare(sophiag, adamw))
+    assert rows["weight_decay"] == {"differs": "weight_decay", "sophiag": "0.2", "adamw": "0.1"}
+    assert rows["optimizer"]["sophiag"] == "sophiag"
+    assert not {"out_dir", "wandb_run_name", "learning_rate"} & rows.keys()
+
+
+@pytest.mark.parametrize("key, value", [
+    ("dataset", "other"), ("block_size", 64), ("total_batch_size", 16), ("max_iters", 200),
+    ("lr_decay_iters", 300), ("warmup_iters", 20), ("decay_lr", False), ("eval_iters", 4),
+    ("seed", 2), ("n_layer", 3), ("n_head", 1), ("n_embd", 64), ("dropout", 0.1), ("bias", True),
+    ("init_from", "out/other")])
+def test_an_unfair_comparison_is_a_warning_and_no_speed_up(tmp_path, adamw, key, value):
+    other = invent(tmp_path / "other", SOPHIAG, optimizer="sophiag", **{key: value})
+    output = compare(adamw, other)
+    warnings = [line for line in output.splitlines() if line.startswith("warning: ")]
+    assert warnings == [f"warning: other: {key}={value}, adamw: {CONFIG[key]}"]
+    row = tables(output)["other"]
+    assert row["steps to 2.5000"] == row["time to 2.5000"] == "see warning"
+    other_loss = key in ("dataset", "block_size", "total_batch_size", "eval_iters")
+    assert row["at equal steps"] == ("-" if other_loss else "-0.3000 at 400")
+
+
+@pytest.mark.parametrize("key, value", [
+    ("learning_rate", 2e-3), ("min_lr", 0.0), ("weight_decay", 0.3), ("rho", 0.1),
+    ("batch_size", 8), ("init_from", "auto"), ("grad_clip", 0.5)])
+def test_what_is_compared_is_not_unfair(tmp_path, adamw, key, value):
+    output = compare(adamw, invent(tmp_path / "other", SOPHIAG, **{key: value}))
+    assert "warning" not in output and "250 (1.60x)" in output
+    assert (key in tables(output)) == (key != "init_from")
+
+
+@pytest.mark.parametrize("which", ["adamw", "sophiag"])
+def test_a_run_before_the_end_of_its_schedule(tmp_path, which):
+    losses = dict(adamw=ADAMW, sophiag=SOPHIAG)
+    losses[which] = {step: loss for step, loss in losses[which].items() if step <= 300}
+    output = compare(*(invent(tmp_path / n, losses[n], optimizer=n) for n in losses))
+    assert f"warning: {which}: evaluated up to step 300 of 400\n" in output
+    assert output.count("see warning") == 2 and "0x)" not in output
+    assert tables(output)["sophiag"]["at equal steps"] == "-0.3000 at 300"
+
+
+def test_max_iters_can_end_before_the_schedule_does(tmp_path):
+    runs = [invent(tmp_path / name, lr_decay_iters=800) for name in ("one", "two")]
+    assert "one: evaluated up to step 400 of 800" in compare(*runs)
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    runs = [invent(tmp_path / place / "run") for place in ("here", "there")]
+    alone = invent(tmp_path / "alone")
+    rows = tables(compare(*runs, alone))
+    assert {"here/run", "there/run", "alone"} <= rows.keys()
+
+
+def test_a_torn_last_line_and_records_of_old_runs(tmp_path, adamw):
+    with open(adamw / "metrics.jsonl", "a") as file:
+        file.write('{"iter": 4')
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_text('{"optimizer": "lion"}')
+    (bare / "metrics.jsonl").write_text('{"iter": 0, "val/loss": 3.0}\n')
+    rows = tables(compare(adamw, bare))
+    assert rows["adamw"]["final val loss"] == "2.5000 +- 0.0125"
+    assert (rows["bare"]["final val loss"], rows["bare"]["ms/step"]) == ("3.0000", "-")
+
+
+EXPORT = '''"iter","a - b - val/loss","a - b - val/loss__MIN","a - b - val/loss__MAX","c - val/loss"
+"0","5","5","5","5"
+"100","3","3","3",""
+"200","2","2","2","NaN"
+"300","","","","3"
+'''
+
+
+def test_a_panel_exported_from_wandb(tmp_path, adamw):
+    path = tmp_path / "export.csv"
+    path.write_text(EXPORT)
+    output = compare(path, f"--plot={tmp_path}/c.png")
+    rows = tables(output)
+    assert rows["a - b"]["best val loss"] == "2.0000 at 200" and rows["c"]["steps"] == "300"
+    assert rows["c"]["at equal steps"] == f"{5 - 2 * 200 / 300 - 2:+.4f} at 200"
+    assert "warning: c: an export, without the settings" in output and "x)\n" not in output
+    path.write_text(EXPORT.replace("iter", "Step"))
+    assert "against adamw" in compare(path, adamw)
+
+
+@pytest.mark.parametrize("text, named", [
+    ("", "val/loss"), ("iter,a - train/loss\n1,2\n", "val/loss"),
+    ("epoch,a - val/loss\n1,2\n", "iter"), ("iter,a - val/loss\n1,two\n", "two"),
+    ("iter,a - val/loss\n1,2,3\n", "export.csv")])
+def test_another_csv_is_an_error(tmp_path, text, named):
+    (tmp_path / "export.csv").write_text(text)
+    assert named in error(tmp_path / "export.csv")
+
+
+def test_plot(tmp_path, sophiag, adamw):
+    path = tmp_path / "curves.png"
+    assert compare(sophiag, adamw, f"--plot={path}").endswith(f"wrote {path}\n")
+    raw = path.read_bytes()
+    width, height = struct.unpack(">II", raw[16:24])
+    assert raw.startswith(b"\x89PNG") and width == 9 * 160 and 1600 < height < 2000
+    assert len(raw) > 50_000
+
+
+def test_only_what_the_runs_have_is_plotted(tmp_path):
+    """Of an export that is one panel, a row, not four."""
+    (tmp_path / "export.csv").write_text(EXPORT)
+    path = tmp_path / "curves.png"
+    compare(tmp_path / "export.csv", f"--plot={path}")
+    assert struct.unpack(">II", path.read_bytes()[16:24]) == (9 * 160, 3.2 * 160)
+
+
+def test_a_run_that_has_just_begun_is_plotted_with_the_others(tmp_path, adamw):
+    compare(invent(tmp_path / "new", {0: 5.0}), adamw, f"--plot={tmp_path}/c.svg")
+    assert (tmp_path / "c.svg").read_text().count("<svg") == 1
+
+
+@pytest.mark.parametrize("plot, named", [("nowhere/c.png", "nowhere/c.png"), ("c.doc", ".png")])
+def test_a_plot_that_cannot_be_written(tmp_path, adamw, plot, named):
+    assert named in error(adamw, f"--plot={tmp_path}/{plot}")
+
+
+def test_matplotlib_is_needed_for_plots_alone(tmp_path, adamw):
+    """A folder that shadows matplotlib with a file that cannot be imported."""
+    (tmp_path / "matplotlib.py").write_text("raise ImportError")
+    words = ("compare.py", adamw)
+    assert run(*words, PYTHONPATH=str(tmp_path)).returncode == 0
+    done = run(*words, f"--plot={tmp_path}/c.png", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 2 and "pip install matplotlib" in done.stderr
+
+
+def test_no_evaluation_yet_is_an_error(tmp_path, adamw):
+    new = invent(tmp_path / "new")
+    (new / "metrics.jsonl").write_text('{"iter": 10, "train/loss": 5.0}\n')
+    assert os.path.join("new", "metrics.jsonl") in error(adamw, new)
+
+
+def test_help_fits_a_screen():
+    assert len(run("compare.py", "--help").stdout.splitlines()) <= 24

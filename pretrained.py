@@ -89,10 +89,13 @@ def load(source, vocab_size, bias):
 
 def adapted(source, config, found, vocab_size, bias):
     """What load returns, of the sizes and tensors that were found in source."""
-    if not (isinstance(config, dict) and all(type(config.get(size)) is int for size in SIZES)):
-        raise UserError(f"{source} does not say its sizes: {', '.join(SIZES)}")
-    if not (isinstance(found, dict) and all(map(torch.is_tensor, found.values()))):
-        raise UserError(f"{source} holds no weights")
+    if not (isinstance(config, dict) and isinstance(found, dict)
+            and all(map(torch.is_tensor, found.values()))):
+        raise UserError(f"{source} holds no model_args or something else than weights in model")
+    for size in SIZES:
+        if type(config.get(size)) is not int:
+            raise UserError(f"{source} has {size}={config.get(size)!r}, no whole number (block_size"
+                            f" is n_positions of config.json)")
     # torch.compile, DDP and GPT2LMHeadModel each put a prefix before a name.
     found = {re.sub(r"^((_orig_mod|module|transformer)\.)*", "", str(name)): tensor
              for name, tensor in found.items()}
@@ -111,13 +114,14 @@ def adapted(source, config, found, vocab_size, bias):
     has_bias = bool(biases) and (bias or any(weights[name].any() for name in biases))
     args = {**{size: config[size] for size in SIZES}, "vocab_size": vocab_size, "bias": has_bias,
             "scale_attn_by_inverse_layer_idx": config.get("scale_attn_by_inverse_layer_idx", False)}
-    for multiple in GPTConfig.vocab_multiple, 1:
-        args["vocab_multiple"] = multiple
-        if GPTConfig(**args).padded_vocab_size == config["vocab_size"]:
-            return {"model": {name: tensor for name, tensor in weights.items()
-                              if has_bias or name not in biases}, "model_args": args}
-    raise UserError(f"{source} has a vocabulary of {config['vocab_size']} rows, the data one of "
-                    f"{vocab_size}: made with another tokenizer")
+    fitting = [multiple for multiple in (GPTConfig.vocab_multiple, 1) if config["vocab_size"] ==
+               GPTConfig(vocab_size, vocab_multiple=multiple).padded_vocab_size]
+    if not fitting:
+        raise UserError(f"{source} has a vocabulary of {config['vocab_size']} rows, the data one "
+                        f"of {vocab_size}: made with another tokenizer")
+    return {"model": {name: tensor for name, tensor in weights.items()
+                      if has_bias or name not in biases},
+            "model_args": {**args, "vocab_multiple": fitting[0]}}
 
 
 def hf_weights(model):

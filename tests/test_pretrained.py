@@ -137,6 +137,8 @@ def test_logits_and_losses_equal_hugging_faces(data, tmp_path, save, settings):
     bias = settings.get("bias", True)
     ours = gpt(pretrained.load(str(source), V, False))
     assert ours.config.bias == bias and ours.config.block_size == CONTEXT + 8
+    kept = pretrained.load(str(source), V, True)   # biases of zeros where they are in the file
+    assert kept["model_args"]["bias"] == (bias or source.is_dir())
     x, y = torch.randint(V, (2, 4, CONTEXT))
     with torch.no_grad():
         wanted = theirs(x).logits

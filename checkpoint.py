@@ -49,10 +49,10 @@ def save(run_dir, payload, best_step):
     return path
 
 
-def load(path):
+def read(path):
     """
-    A checkpoint as a dict of CPU tensors, after its checksums have been verified. Nothing in the
-    file can run code (weights_only). Raises UserError for what is not a whole checkpoint of ours.
+    The dict that torch.save wrote, on the CPU, after its checksums have been verified. Nothing in
+    the file can run code (weights_only). Raises UserError for what is damaged or not a dict.
     """
     try:
         with zipfile.ZipFile(path) as archive:   # torch.load itself does not compare checksums
@@ -70,11 +70,24 @@ def load(path):
     except Exception as error:   # what a damaged archive raises depends on the damaged byte
         raise UserError(f"{path} is damaged or not a checkpoint "
                         f"({type(error).__name__})") from None
-    if not isinstance(payload, dict) or any(key not in payload for key in KEYS):
+    if not isinstance(payload, dict):
+        raise UserError(f"{path} is not a checkpoint")
+    return payload
+
+
+def check(payload, path):
+    """Raise UserError unless payload, read from path, is a whole checkpoint of ours."""
+    if any(key not in payload for key in KEYS):
         raise UserError(f"{path} is not a checkpoint of train.py")
     if payload.get("version") != FORMAT_VERSION:
         raise UserError(f"{path} has format version {payload.get('version')}, this code reads "
                         f"{FORMAT_VERSION}")
+
+
+def load(path):
+    """A checkpoint of ours as a dict with KEYS. Raises UserError if path is not one."""
+    payload = read(path)
+    check(payload, path)
     return payload
 
 

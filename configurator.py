@@ -88,7 +88,8 @@ class TrainConfig:
     # run
     out_dir: str = knob("out", "run directory: config.json, metrics.jsonl, checkpoints, wandb/")
     init_from: str = knob("scratch", "scratch | resume | auto (resume if there is a checkpoint) | "
-                          "a checkpoint or run directory to finetune")
+                          "weights to finetune: a run directory, a checkpoint (also nanoGPT's), a "
+                          "folder in Hugging Face's format, gpt2, gpt2-medium, gpt2-large, gpt2-xl")
     seed: int = knob(1337, "initial weights, order of the data, label noise and dropout")
     eval_interval: int = knob(1000, "steps between evaluations, each followed by a checkpoint")
     eval_iters: int = knob(10, "evaluation batches, of total_batch_size sequences; 0: all of val")

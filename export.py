@@ -11,39 +11,11 @@ from safetensors.torch import save
 import checkpoint
 from configurator import ArgumentParser, UserError, run_script, write_atomically
 from model import GPT, GPTConfig
+from pretrained import hf_config, hf_weights
 from sample import best_checkpoint
 from tokenizer import get_tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
-
-
-def hf_weights(model):
-    """Our state_dict under the names of GPT2LMHeadModel: Conv1D holds (in, out) and has a bias,
-    zero where we have none; the tied head is not stored."""
-    weights = {}
-    for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight":
-            continue
-        is_linear = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-        weights[name] = (tensor.t() if is_linear else tensor).contiguous()
-        if is_linear or ".ln_" in name and name.endswith(".weight"):
-            weights.setdefault(name.replace(".weight", ".bias"), tensor.new_zeros(len(tensor)))
-    return weights
-
-
-def hf_config(config, eot_id):
-    """Contents of config.json and generation_config.json. The vocabulary is the padded one, and
-    generation is told to leave the padding out."""
-    ends = {"bos_token_id": eot_id, "eos_token_id": eot_id}
-    padding = list(range(config.vocab_size, config.padded_vocab_size))
-    return {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2",
-            "vocab_size": config.padded_vocab_size, "n_positions": config.block_size,
-            "n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd,
-            "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
-            "scale_attn_by_inverse_layer_idx": config.scale_attn_by_inverse_layer_idx,
-            "resid_pdrop": config.dropout, "embd_pdrop": config.dropout,
-            "attn_pdrop": config.dropout, "tie_word_embeddings": True, "dtype": "float32",
-            **ends}, {**ends, "suppress_tokens": padding or None}
 
 
 def merge_of(token, ids):

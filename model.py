@@ -14,7 +14,7 @@ from configurator import UserError
 
 @dataclass(frozen=True)
 class GPTConfig:
-    vocab_size: int = 50257   # real classes; the embedding is padded to a multiple of 64
+    vocab_size: int = 50257   # real classes
     block_size: int = 1024
     n_layer: int = 12
     n_head: int = 12
@@ -22,10 +22,11 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = False
     scale_attn_by_inverse_layer_idx: bool = True
+    vocab_multiple: int = 64   # the embedding is padded to one: full tensor-core tiles. 1: not
 
     @property
     def padded_vocab_size(self):
-        return math.ceil(self.vocab_size / 64) * 64   # 50,304 for GPT-2: full tensor-core tiles
+        return math.ceil(self.vocab_size / self.vocab_multiple) * self.vocab_multiple
 
 
 class CausalSelfAttention(nn.Module):

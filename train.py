@@ -11,12 +11,14 @@ import math
 import os
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from textwrap import shorten
 
 import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import checkpoint
 import ddp
+import pretrained
 from configurator import UserError, load_config, run_script
 from dataloader import DataLoader
 from metrics import Metrics, peak_flops
@@ -108,11 +110,12 @@ def find_start(cfg, data):
         return None
     source = cfg.init_from
     if os.path.isdir(source):
-        source, _ = ddp.from_main(lambda: checkpoint.newest_good(cfg.init_from))
-        if source is None:
-            raise UserError(f"no checkpoint in {cfg.init_from}")
-    ddp.say(f"finetuning {source}")
-    start = checkpoint.load(source)
+        newest, _ = ddp.from_main(lambda: checkpoint.newest_good(cfg.init_from))
+        source = newest or source
+    elif source in pretrained.HUB:
+        source = ddp.from_main(lambda: pretrained.download(cfg.init_from))
+    ddp.say(f"weights from {source}")
+    start = pretrained.load(source, data.meta["vocab_size"], cfg.bias)
     return {"model": start["model"], "model_args": start["model_args"]}
 
 
@@ -124,15 +127,21 @@ def build_model(cfg, vocab_size, start):
         shape = {name: getattr(cfg, name) for name in MODEL_KNOBS}
         return GPT(GPTConfig(vocab_size, cfg.block_size, dropout=cfg.dropout, **shape))
     args = GPTConfig(**start["model_args"])
-    for name in MODEL_KNOBS:
-        if getattr(args, name) != getattr(cfg, name):
-            raise UserError(f"init_from has {name}={getattr(args, name)}, this run "
-                            f"{getattr(cfg, name)}; pass --{name}={getattr(args, name)}")
+    wrong = [name for name in MODEL_KNOBS if getattr(args, name) != getattr(cfg, name)]
+    if cfg.block_size > args.block_size:
+        wrong.append("block_size")
+    if wrong:
+        theirs, ours = ([f"{name}={getattr(c, name)}" for name in wrong] for c in (args, cfg))
+        raise UserError(f"init_from={cfg.init_from} has {', '.join(theirs)}, this run "
+                        f"{', '.join(ours)}; pass {' '.join('--' + word for word in theirs)}")
     if args.vocab_size != vocab_size:
         raise UserError(f"init_from has a vocabulary of {args.vocab_size}, {cfg.dataset} one of "
                         f"{vocab_size}")
     model = GPT(replace(args, dropout=cfg.dropout))
-    model.load_state_dict(start["model"])
+    try:
+        model.load_state_dict(start["model"])
+    except RuntimeError as error:   # names the tensors
+        raise UserError(f"init_from={cfg.init_from}: {shorten(str(error), 300)}") from None
     if cfg.block_size != args.block_size:
         model.crop_block_size(cfg.block_size)
     return model

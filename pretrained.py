@@ -1,0 +1,153 @@
+"""
+Weights in the formats of others: Hugging Face's GPT-2, read and written; ckpt.pt of nanoGPT and of
+the official Sophia code, read.
+"""
+import json
+import os
+import re
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+import checkpoint
+from configurator import UserError
+from model import GPTConfig
+
+HUB = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")   # OpenAI's
+SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+# What our GPT computes, in the words of config.json. One that leaves them out means these.
+FIXED = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
+         "scale_attn_weights": True, "add_cross_attention": False, "tie_word_embeddings": True}
+
+
+def is_linear(name):
+    """Whether Hugging Face stores this weight as Conv1D, (in, out), where we have (out, in)."""
+    return name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+
+
+def download(name):
+    """The folder of one of HUB, from the cache or the network. Raises UserError."""
+    from huggingface_hub import hf_hub_download  # only when asked for
+    repo = f"openai-community/{name}"
+    try:
+        hf_hub_download(repo, "model.safetensors")
+        return os.path.dirname(hf_hub_download(repo, "config.json"))
+    except Exception as error:   # of the hub, the network or the disk
+        raise UserError(f"cannot download {repo} from Hugging Face ({type(error).__name__}); fetch "
+                        f"its config.json and model.safetensors on another machine and pass "
+                        f"--init_from=FOLDER") from None
+
+
+def read_folder(folder):
+    """config.json with block_size added, and the tensors, Linear weights (out, in)."""
+    path = os.path.join(folder, "config.json")
+    weights, names = {}, ["model.safetensors"]
+    try:
+        with open(path, encoding="utf-8") as file:
+            config = {**FIXED, **json.load(file)}
+        path = os.path.join(folder, "model.safetensors.index.json")
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as file:
+                names = {os.path.basename(name) for name in json.load(file)["weight_map"].values()}
+        for name in names:
+            path = os.path.join(folder, name)
+            weights |= load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{folder} has neither a checkpoint of train.py nor all of Hugging Face's "
+                        f"files: there is no {os.path.basename(path)}") from None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
+        raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from None
+    for key, ours in FIXED.items():
+        if config[key] != ours:
+            raise UserError(f"{folder}/config.json has {key}={config[key]!r}, this GPT {ours!r}")
+    config["block_size"] = config.get("n_positions")
+    return config, {name: t.transpose(0, -1) if is_linear(name) else t
+                    for name, t in weights.items()}
+
+
+def load(source, vocab_size, bias):
+    """
+    A dict with model, a state_dict of GPT, and model_args, those of GPTConfig. source: a folder in
+    Hugging Face's format or with a ckpt.pt, or a file, ours, nanoGPT's or official Sophia's. Raises UserError.
+
+    vocab_size: tokens of the data. The file's embedding has a row for each, or is padded as ours.
+    bias: whether to keep biases that are all zero, as they are where export.py made them up.
+
+    A ckpt.pt that does not say whether attention is scaled by layer is nanoGPT's, where it is not.
+    Recent nanoGPT computes the exact GELU, where OpenAI, Sophia and we take the tanh approximation
+    (within 5e-4 of it), and its files do not tell.
+    """
+    if os.path.exists(os.path.join(source, "ckpt.pt")):
+        source = os.path.join(source, "ckpt.pt")
+    if os.path.isdir(source):
+        return adapted(source, *read_folder(source), vocab_size, bias)
+    saved = checkpoint.read(source)
+    if "iter_num" in saved:   # ours has step
+        return adapted(source, saved.get("model_args"), saved.get("model"), vocab_size, bias)
+    checkpoint.check(saved, source)
+    return saved
+
+
+def adapted(source, config, found, vocab_size, bias):
+    """What load returns, of the sizes and tensors that were found in source."""
+    if not (isinstance(config, dict) and isinstance(found, dict)
+            and all(map(torch.is_tensor, found.values()))):
+        raise UserError(f"{source} holds no model_args or something else than weights in model")
+    for size in SIZES:
+        if type(config.get(size)) is not int:
+            raise UserError(f"{source} has {size}={config.get(size)!r}, no whole number (block_size"
+                            f" is n_positions of config.json)")
+    # torch.compile, DDP and GPT2LMHeadModel each put a prefix before a name.
+    found = {re.sub(r"^((_orig_mod|module|transformer)\.)*", "", str(name)): tensor
+             for name, tensor in found.items()}
+    for name, rows in ("wte.weight", "vocab_size"), ("wpe.weight", "block_size"):
+        shape = tuple(found[name].shape) if name in found else None
+        if shape != (config[rows], config["n_embd"]):
+            raise UserError(f"{source}: {name} has shape {shape}, not the {rows} x n_embd = "
+                            f"{config[rows]} x {config['n_embd']} that the sizes imply")
+    head = found.pop("lm_head.weight", found["wte.weight"])
+    if not torch.equal(head, found["wte.weight"]):
+        raise UserError(f"{source}: lm_head.weight is not the token embedding, wte.weight")
+    causal_masks = (".attn.bias", ".attn.masked_bias")
+    weights = {f"transformer.{name}": tensor for name, tensor in found.items()
+               if not name.endswith(causal_masks)} | {"lm_head.weight": head}
+    biases = [name for name in weights if name.endswith(".bias")]
+    has_bias = bool(biases) and (bias or any(weights[name].any() for name in biases))
+    args = {**{size: config[size] for size in SIZES}, "vocab_size": vocab_size, "bias": has_bias,
+            "scale_attn_by_inverse_layer_idx": config.get("scale_attn_by_inverse_layer_idx", False)}
+    fitting = [multiple for multiple in (GPTConfig.vocab_multiple, 1) if config["vocab_size"] ==
+               GPTConfig(vocab_size, vocab_multiple=multiple).padded_vocab_size]
+    if not fitting:
+        raise UserError(f"{source} has a vocabulary of {config['vocab_size']} rows, the data one "
+                        f"of {vocab_size}: made with another tokenizer")
+    return {"model": {name: tensor for name, tensor in weights.items()
+                      if has_bias or name not in biases},
+            "model_args": {**args, "vocab_multiple": fitting[0]}}
+
+
+def hf_weights(model):
+    """Our state_dict under the names of GPT2LMHeadModel: Conv1D holds (in, out) and has a bias,
+    zero where we have none; the tied head is not stored."""
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight":
+            continue
+        weights[name] = (tensor.t() if is_linear(name) else tensor).contiguous()
+        if is_linear(name) or ".ln_" in name and name.endswith(".weight"):
+            weights.setdefault(name.replace(".weight", ".bias"), tensor.new_zeros(len(tensor)))
+    return weights
+
+
+def hf_config(config, eot_id):
+    """Contents of config.json and generation_config.json. The vocabulary is the padded one, and
+    generation is told to leave the padding out."""
+    ends = {"bos_token_id": eot_id, "eos_token_id": eot_id}
+    padding = list(range(config.vocab_size, config.padded_vocab_size))
+    return {"architectures": ["GPT2LMHeadModel"], **FIXED,
+            "vocab_size": config.padded_vocab_size, "n_positions": config.block_size,
+            "n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd,
+            "scale_attn_by_inverse_layer_idx": config.scale_attn_by_inverse_layer_idx,
+            "resid_pdrop": config.dropout, "embd_pdrop": config.dropout,
+            "attn_pdrop": config.dropout, "dtype": "float32",
+            **ends}, {**ends, "suppress_tokens": padding or None}

@@ -69,7 +69,8 @@ def read_folder(folder):
 def load(source, vocab_size, bias):
     """
     A dict with model, a state_dict of GPT, and model_args, those of GPTConfig. source: a folder in
-    Hugging Face's format or with a ckpt.pt, or a file, ours, nanoGPT's or official Sophia's. Raises UserError.
+    Hugging Face's format or with a ckpt.pt, or a file, ours, nanoGPT's or official Sophia's. Raises
+    UserError.
 
     vocab_size: tokens of the data. The file's embedding has a row for each, or is padded as ours.
     bias: whether to keep biases that are all zero, as they are where export.py made them up.

@@ -95,6 +95,7 @@ class TrainConfig:
     eval_iters: int = knob(10, "evaluation batches, of total_batch_size sequences; 0: all of val")
     eval_only: bool = knob(False, "evaluate once and stop")
     log_interval: int = knob(10, "steps between log lines")
+    sample_tokens: int = knob(0, "tokens of sample text at each evaluation; 0: none")
     wandb_log: bool = knob(False, "log to Weights & Biases as well")
     wandb_project: str = knob("sophia-gpt2", "wandb project")
     wandb_run_name: str | None = knob(None, "wandb run name (default: the name of out_dir)")
@@ -285,8 +286,8 @@ def resolve(cfg, world_size=1):
                  "n_layer", "n_head", "n_embd", "hessian_interval", "hessian_batch_size"):
         if getattr(cfg, name) < 1:
             raise UserError(f"{name} must be at least 1, got {getattr(cfg, name)}")
-    for name in ("seed", "eval_iters", "max_iters", "warmup_iters", "learning_rate", "min_lr",
-                 "weight_decay", "grad_clip", "rho"):
+    for name in ("seed", "eval_iters", "sample_tokens", "max_iters", "warmup_iters",
+                 "learning_rate", "min_lr", "weight_decay", "grad_clip", "rho"):
         if getattr(cfg, name) < 0:
             raise UserError(f"{name} must not be negative, got {getattr(cfg, name)}")
     if cfg.seed >= 2**63:

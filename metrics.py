@@ -61,8 +61,9 @@ class Metrics:
     def _open(self, step):
         path = os.path.join(self.cfg.out_dir, "metrics.jsonl")
         # Records after the checkpoint that a run resumes from will be made again.
-        old = read_metrics(path) if step else []
-        kept = "".join(json.dumps(r) + "\n" for r in old if r["iter"] <= step)
+        old = [r for r in read_metrics(path) if r["iter"] <= step] if step else []
+        self.samples = [[r["iter"], r["sample"]] for r in old if "sample" in r]
+        kept = "".join(json.dumps(r) + "\n" for r in old)
         config = to_json(self.cfg)
         write_atomically(os.path.join(self.cfg.out_dir, "config.json"),
                          lambda file: file.write(config.encode()))
@@ -76,19 +77,23 @@ class Metrics:
             import wandb  # only when asked for: importing it takes a second
         except ImportError:
             raise UserError("wandb_log=True needs the package wandb: pip install wandb") from None
+        settings = dict(
+            project=self.cfg.wandb_project, name=self.cfg.wandb_run_name, group=self.cfg.group,
+            dir=self.cfg.out_dir, id=self.wandb_id, resume="allow",
+            config={**asdict(self.cfg), "git_commit": git_commit()})
         try:
-            self.wandb = wandb.init(
-                project=self.cfg.wandb_project, name=self.cfg.wandb_run_name, group=self.cfg.group,
-                dir=self.cfg.out_dir, id=self.wandb_id, resume="allow",
-                config={**asdict(self.cfg), "git_commit": git_commit()})
-        except wandb.Error as error:
-            raise UserError(f"wandb: {str(error).splitlines()[0]}; run wandb login, or set "
-                            f"WANDB_MODE=offline") from None
+            self.wandb = wandb.init(**settings)
+        except wandb.Error as error:   # no key, no network
+            ddp.say(f"wandb: {str(error).splitlines()[0].rstrip('.')}; logging offline. Upload it "
+                    f"later with: wandb sync {self.cfg.out_dir}/wandb/offline-run-*")
+            self.wandb = wandb.init(**settings, mode="offline")
         self.wandb_id = self.wandb.id
         # A resumed run repeats the steps after its checkpoint, which wandb's own counter would
-        # refuse: chart against iter instead.
-        self.wandb.define_metric("iter")
+        # refuse: charts are against iter, or any other of these.
+        for name in ("iter", "tokens", "flops", "hours"):
+            self.wandb.define_metric(name)
         self.wandb.define_metric("*", step_metric="iter")
+        self.wandb.define_metric("val/loss", step_metric="iter", summary="min")
 
     def state_dict(self):
         return {"clipped": int(self.clipped), "seconds": self.seconds, "wandb_id": self.wandb_id}
@@ -116,6 +121,8 @@ class Metrics:
         """Raise UserError on every rank if a value on any was not finite. Waits for the device."""
         step = ddp.largest(int(self.bad_step))
         if step:
+            if self.wandb:
+                self.wandb.alert("loss is not finite", f"{self.cfg.out_dir}, step {step}", "ERROR")
             raise UserError(f"loss or gradient is not finite at step {step}; checkpoints before it "
                             f"in {self.cfg.out_dir} are intact. Resume from there with a lower "
                             f"learning_rate, or start again with more warmup_iters or another seed")
@@ -154,17 +161,27 @@ class Metrics:
         self._write(step, {"val/loss": val_loss, "val/loss_stderr": stderr},
                     f"step {step}/{self.cfg.max_iters} | val loss {val_loss:.4f} +- {stderr:.4f}")
 
+    def log_sample(self, step, text):
+        """Record sample text; only rank 0 has it."""
+        self._write(step, {"sample": text},
+                    f"step {step}/{self.cfg.max_iters} | sample {text[:60]!r}")
+
     def _write(self, step, record, line):
         if not self.world.is_main:
             return
         print(line, flush=True)
         if not self.file:   # eval_only
             return
-        record = {"iter": step, "tokens": step * self.cfg.tokens_per_step,
-                  "seconds": round(self.seconds, 3), **record}
+        tokens = step * self.cfg.tokens_per_step
+        record = {"iter": step, "tokens": tokens, "flops": tokens * self.flops_per_token,
+                  "seconds": round(self.seconds, 3), "hours": self.seconds / 3600, **record}
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
         if self.wandb:
+            if "sample" in record:
+                from wandb import Table
+                self.samples.append([step, record["sample"]])
+                record["sample"] = Table(columns=["iter", "text"], data=self.samples)
             self.wandb.log(record)
 
     def __enter__(self):

@@ -24,6 +24,7 @@ from dataloader import DataLoader
 from metrics import Metrics, peak_flops
 from model import GPT, GPTConfig
 from optim import STATE_TENSORS, hessian_due, lr_at, make_optimizer, statistics
+from tokenizer import get_tokenizer
 
 MODEL_KNOBS = ("n_layer", "n_head", "n_embd", "bias", "scale_attn_by_inverse_layer_idx")
 # A resumed run with another of these would be another run.
@@ -78,6 +79,17 @@ def evaluate(raw_model, data, autocast):
     count, total, squares = ddp.total(sums.double()).tolist()
     variance = max(squares / count - (total / count) ** 2, 0.0)
     return total / count, math.sqrt(variance / max(count - 1, 1))
+
+
+def sample_text(raw_model, tokenizer, eot_id, cfg):
+    """Text that the model writes after an end of text, from the same random numbers each time."""
+    device = raw_model.lm_head.weight.device
+    raw_model.eval()
+    ids = raw_model.generate(torch.tensor([[eot_id]], device=device), cfg.sample_tokens, top_k=200,
+                             temperature=0.8, eot_id=eot_id,
+                             generator=torch.Generator(device).manual_seed(cfg.seed))
+    raw_model.train()
+    return tokenizer.decode(ids[0, 1:].tolist())
 
 
 def find_start(cfg, data):
@@ -204,6 +216,7 @@ def train(cfg, world):
                 "config": asdict(cfg), "tokenizer": data.meta["tokenizer"],
                 "data": data.tokens.fingerprint()}, best_step)
 
+    tokenizer = get_tokenizer(data.meta["tokenizer"]) if cfg.sample_tokens else None
     describe(cfg, world, data, raw_model, dtype, compile_reason)
     stop = ddp.StopSignal()
     metrics = Metrics(cfg, world, raw_model.flops_per_token(), peak_flops(device, dtype),
@@ -220,6 +233,9 @@ def train(cfg, world):
                 if evaluating:
                     val_loss, stderr = evaluate(raw_model, data, autocast)
                     metrics.log_eval(step, val_loss, stderr)
+                    if tokenizer and world.is_main:
+                        metrics.log_sample(step, sample_text(raw_model, tokenizer,
+                                                             data.meta["eot_id"], cfg))
                     if val_loss < best_val_loss:
                         best_step, best_val_loss = step, val_loss
                 if step > 0 and not cfg.eval_only:

@@ -15,8 +15,7 @@ def test_every_section_reports_positive_numbers(tiny_data, tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "bench.json").read_text())
     rows = {(r["section"], r["name"]): r for r in found["rows"]}
-    assert {section for section, _ in rows} == {"optimizer", "step", "memory", "data", "generate",
-                                                "tokenize"}
+    assert {section for section, _ in rows} == {"optimizer", "step", "memory", "data", "generate"}
     for (_, name), row in rows.items():
         assert row["value"] > 0 and name in done.stdout, name
     assert "equal tokens" in rows["generate", "16 tokens, uncached"]["note"]

@@ -4,6 +4,7 @@ that is not finite. One run with wandb, resumed once, serves most tests.
 """
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -11,16 +12,18 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, flags, records, run, train
+import yaml
+from conftest import ROOT, TINY, command, environment, flags, records, run, train
+from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
 import checkpoint
-from configurator import UserError
+from configurator import FIELDS, UserError
 from metrics import read_metrics
 
 CLIP = 0.75   # about the middle of this run's gradient norms
 RUN = dict(max_iters=20, eval_interval=10, hessian_interval=5, lr_decay_iters=30, grad_clip=CLIP)
-WANDB_KEYS = {"iter", "tokens", "lr", "train/loss", "train/win_rate", "train/clip_rate",
-              "grad_norm", "param_norm", "momentum_norm", "hessian_norm"}
+WANDB_KEYS = {"iter", "tokens", "flops", "hours", "lr", "train/loss", "train/win_rate",
+              "train/clip_rate", "grad_norm", "param_norm", "momentum_norm", "hessian_norm"}
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +35,10 @@ def logged(tmp_path_factory, tiny_data):
     return out, output + train(out, tiny_data, **resume)
 
 
-@pytest.fixture(scope="module")
-def wandb_runs(logged):
-    """The records that wandb keeps of the two starts, by kind: [{kind: [record, ...]}]."""
+def read_wandb(out):
+    """The records that wandb keeps of each start of a run, by kind: [{kind: [record, ...]}]."""
     starts = []
-    for path in sorted(logged[0].glob("wandb/offline-run-*/run-*.wandb")):
+    for path in sorted(out.glob("wandb/offline-run-*/run-*.wandb")):
         inspect = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json", path]
         lines = subprocess.run(inspect, capture_output=True, text=True, check=True).stdout
         found = {}
@@ -45,6 +47,11 @@ def wandb_runs(logged):
             found.setdefault(kind, []).append(record[kind])
         starts.append(found)
     return sorted(starts, key=lambda found: found["run"][0]["start_time"])
+
+
+@pytest.fixture(scope="module")
+def wandb_runs(logged):
+    return read_wandb(logged[0])
 
 
 def test_wandb_gets_what_metrics_jsonl_gets(logged, wandb_runs):
@@ -73,6 +80,74 @@ def test_wandb_knows_which_run_this_is(logged, wandb_runs):
     head = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True,
                           text=True)
     assert (config["git_commit"] or "").removesuffix("-dirty") == head.stdout.strip()
+
+
+def test_wandb_knows_what_to_chart_against(logged, wandb_runs):
+    for found in wandb_runs:
+        metrics = {m.get("name") or m["glob_name"]: m for m in found["metric"]}
+        assert metrics.keys() == {"iter", "tokens", "flops", "hours", "*", "val/loss"}
+        assert metrics["*"]["step_metric"] == metrics["val/loss"]["step_metric"] == "iter"
+        assert metrics["val/loss"]["summary"] == {"min": True}
+    losses = [r["val/loss"] for r in records(logged[0], "val/loss")]
+    summary = [record["update"]["val/loss"] for record in wandb_runs[1]["summary"]
+               if "val/loss" in record["update"]]
+    assert summary[-1]["min"] == min(losses[2:])   # those of the second start
+    for r in records(logged[0], "iter"):
+        assert r["flops"] / max(r["tokens"], 1) in (0, records(logged[0])[0]["flops"] / 256)
+        assert r["hours"] == pytest.approx(r["seconds"] / 3600, abs=1e-6)
+
+
+@pytest.mark.parametrize("mode", [None, "disabled"])
+def test_without_a_key_training_goes_on(tiny_data, tmp_path, mode):
+    env = {k: v for k, v in environment(HOME=str(tmp_path)).items() if not k.startswith("WANDB_")}
+    env |= {"WANDB_MODE": mode} if mode else {}
+    knobs = {**TINY, "dataset": tiny_data, "out_dir": tmp_path / "run", "max_iters": 2}
+    done = subprocess.run(command("train.py", *flags(**knobs, wandb_log=True)), env=env,
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "finished at step 2" in done.stdout, done.stderr
+    assert len(records(tmp_path / "run")) == 2
+    offline = list((tmp_path / "run").glob("wandb/offline-run-*"))
+    assert ("logging offline" in done.stdout, len(offline)) == ((True, 1) if mode is None else
+                                                               (False, 0))
+
+
+def test_sample_text_is_recorded_and_changes_nothing_else(tiny_data, tmp_path):
+    """Of two runs in one, stopped and resumed, the table has all rows."""
+    settings = dict(eval_interval=10, dropout=0.1)
+    train(tmp_path / "without", tiny_data, **settings, max_iters=20)
+    for end, start in (10, "scratch"), (20, "resume"):
+        output = train(tmp_path / "with", tiny_data, **settings, max_iters=end, init_from=start,
+                       wandb_log=True, sample_tokens=12)
+    samples = records(tmp_path / "with", "sample")
+    assert [r["iter"] for r in samples] == [0, 10, 20]
+    assert "step 20/20 | sample" in output and not records(tmp_path / "without", "sample")
+    assert [r["train/loss"] for r in records(tmp_path / "with")] == [
+        r["train/loss"] for r in records(tmp_path / "without")]
+    tables = [json.loads(p.read_text()) for p in (tmp_path / "with").glob(
+        "wandb/offline-run-*/files/media/table/*.json")]
+    assert max(tables, key=lambda t: len(t["data"])) == {
+        "columns": ["iter", "text"], "data": [[r["iter"], r["sample"]] for r in samples]}
+
+
+def test_the_sweep_runs_train_as_it_is(tmp_path, tiny_data):
+    """The command line that wandb's agent makes of config/sweep_sophiag.yaml."""
+    sweep = yaml.safe_load((ROOT / "config/sweep_sophiag.yaml").read_text())
+    assert set(sweep["parameters"]) <= set(FIELDS) and sweep["method"] == "grid"
+    assert sweep["metric"] == {"name": "val/loss", "goal": "minimize"}
+    chosen = {"args": {name: {"value": p["values"][0]} for name, p in sweep["parameters"].items()}}
+    args = create_sweep_command_args(chosen)["args"] + flags(
+        dataset=tiny_data, max_iters=2, warmup_iters=1, eval_iters=1, block_size=32)
+    words = [w for word in create_sweep_command(sweep["command"])
+             for w in (args if word == "${args}" else [word])]
+    env = environment(WANDB_RUN_ID="abc123", PYTHONPATH=str(ROOT),
+                      PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    shutil.copytree(ROOT / "config", tmp_path / "config")
+    (tmp_path / sweep["program"]).symlink_to(ROOT / sweep["program"])
+    done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    config = json.loads((tmp_path / "out/sweep-abc123/config.json").read_text())
+    assert (config["learning_rate"], config["rho"]) == (1e-4, 0.02)
+    assert read_wandb(tmp_path / "out/sweep-abc123")[0]["run"][0]["run_id"] == "abc123"
 
 
 def test_numbers_are_of_a_plausible_size(logged):
@@ -148,9 +223,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(logged, tiny_data, tmp_path, se
         looks = dict(log_interval=50, eval_interval=5)
     done = run("train.py", *flags(**{
         **TINY, "dataset": tiny_data, "out_dir": tmp_path, "init_from": "resume", "max_iters": 50,
-        "learning_rate": 1e30, "grad_clip": 0, "warmup_iters": 0, **looks}))
+        "learning_rate": 1e30, "grad_clip": 0, "warmup_iters": 0, "wandb_log": True, **looks}))
     assert done.returncode == 2
-    assert re.fullmatch(r"train\.py: error: .* not finite at step 32\b.*\n", done.stderr)
+    assert re.search(r"^train\.py: error: .* not finite at step 32\b.*\n", done.stderr, re.M)
+    alert, = read_wandb(tmp_path)[-1]["alert"]
+    assert alert["title"] == "loss is not finite" and "step 32" in alert["text"]
     assert "Traceback" not in done.stdout
     assert {path.name: path.read_bytes() for path in tmp_path.glob("ckpt_*")} == before
     assert checkpoint.load(checkpoint.newest_good(tmp_path)[0])["step"] == 30

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import sys
+import textwrap
 import types
 import typing
 from dataclasses import dataclass, field
@@ -87,9 +88,8 @@ def knob(default, meaning):
 class TrainConfig:
     # run
     out_dir: str = knob("out", "run directory: config.json, metrics.jsonl, checkpoints, wandb/")
-    init_from: str = knob("scratch", "scratch | resume | auto (resume if there is a checkpoint) | "
-                          "weights to finetune: a run directory, a checkpoint (also nanoGPT's), a "
-                          "folder in Hugging Face's format, gpt2, gpt2-medium, gpt2-large, gpt2-xl")
+    init_from: str = knob("scratch", "scratch | resume | auto (either) | weights to finetune: a "
+                          "run, checkpoint, nanoGPT's too, Hugging Face folder, gpt2[-medium...]")
     seed: int = knob(1337, "initial weights, order of the data, label noise and dropout")
     eval_interval: int = knob(1000, "steps between evaluations, each followed by a checkpoint")
     eval_iters: int = knob(10, "evaluation batches, of total_batch_size sequences; 0: all of val")
@@ -237,11 +237,12 @@ def _read_file(path):
 
 
 def help_text():
-    """The table of knobs."""
+    """The table of knobs, for a terminal of 100 columns."""
     lines = ["python train.py [config/file.py ...] [--key=value ...]   (in order, later wins)", ""]
     for name, f in FIELDS.items():
         default = "" if f.default is None else f.default
-        lines.append(f"  {name:32}{default!s:14}{f.metadata['meaning']}")
+        lines += textwrap.wrap(f.metadata["meaning"], width=100, subsequent_indent=" " * 45,
+                               initial_indent=f"{name:32}{default!s:13}")
     return "\n".join(lines)
 
 

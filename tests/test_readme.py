@@ -1,14 +1,19 @@
 """What the README says: its commands run, its code runs, its table is the configs'."""
+import contextlib
+import importlib
 import re
 import shutil
 import socket
 import subprocess
 import sys
 
+import pyarrow
 import pytest
 from conftest import ROOT, environment, flags
+from pyarrow import parquet
 
 from configurator import load_config
+from dataloader import load_meta
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```sh\n(.*?)```", README, re.S)
@@ -44,7 +49,29 @@ def made(line):
 
 
 def test_commands_are_those_that_are_tested_here():
-    assert [c.split()[0] for c in COMMANDS] == ["make"] * 2 + ["torchrun"] * 4 + ["python"] * 5
+    assert [c.split()[0] for c in COMMANDS] == (
+        ["make"] * 2 + ["python"] * 2 + ["torchrun"] * 4 + ["python"] * 5)
+
+
+def test_data_is_prepared(copy, tmp_path):
+    texts = [f"document {i}" for i in range(3000)]
+    parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "0.parquet")
+    openwebtext, custom = (c.replace("python", sys.executable, 1) for c in COMMANDS[2:4])
+    assert "val.bin" in shell(f"{openwebtext} --source={tmp_path}", copy)
+    (copy / "notes").mkdir()
+    (copy / "notes" / "a.txt").write_text("<|endoftext|>".join(texts))
+    assert "--dataset=data/notes" in shell(custom, copy)
+    assert load_meta(str(copy / "data/notes"))["tokenizer"] == "gpt2"
+
+
+def test_help_fits_a_screen(capsys):
+    scripts = [p.stem for p in ROOT.glob("*.py") if "\ndef main(argv)" in p.read_text()]
+    assert len(scripts) >= 5
+    for name in scripts:
+        with contextlib.suppress(SystemExit):
+            importlib.import_module(name).main(["--help"])
+        lines = capsys.readouterr().out.splitlines()
+        assert 8 <= len(lines) <= 55 and max(map(len, lines)) <= 100, name
 
 
 def test_quickstart_prints_both_losses_and_a_sample_and_can_be_called_again(copy):

@@ -9,16 +9,17 @@ import torch
 from torch.optim import Optimizer
 
 
-def lion(theta, g, m, *, lr, beta1, beta2, decay):
+def lion(theta, g, m, *, lr, beta1, beta2, decay, skip=None):
     """
     One update of a tensor theta and its EMA m, in place, in the paper's notation:
 
         theta <- theta - lr (sign(beta1 m + (1 - beta1) g) + lambda theta)
         m     <- beta2 m + (1 - beta2) g
 
-    decay is 1 - lr lambda. Settings are floats or 0-dim tensors.
+    decay is 1 - lr lambda. Settings are floats or 0-dim tensors. Where skip is 1, m stays, and
+    theta too if lr is 0 and decay 1.
     """
-    difference = g - m
+    difference = (g if skip is None else torch.where(skip > 0, m, g)) - m
     theta.mul_(decay).sub_((m + difference * (1 - beta1)).sign_().mul_(lr))
     m.add_(difference.mul_(1 - beta2))
 
@@ -80,8 +81,11 @@ class Lion(Optimizer):
             once for all sizes; None does so on CUDA where Triton is installed; False never.
 
     State of a parameter: `exp_avg`. Nothing waits for the device, so a step can be captured in a
-    CUDA graph as it is.
+    CUDA graph as it is. As with torch.optim's fused optimizers, where an attribute `found_inf`, a
+    0-dim float tensor, is 1, `step` changes nothing.
     """
+
+    found_inf = None
 
     def __init__(self, params, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0, *, maximize=False,
                  fused=None):
@@ -127,6 +131,9 @@ class Lion(Optimizer):
             fused = group["fused"]
             if fused is None:
                 fused = has_triton() and all(p.is_cuda for p in params)
-            apply(lion, fused, params, grads, exp_avgs, lr=group["lr"], beta1=beta1, beta2=beta2,
-                  decay=1 - group["lr"] * group["weight_decay"])
+            lr, skip = group["lr"], {}
+            if self.found_inf is not None:
+                lr, skip = lr * (1 - self.found_inf), {"skip": self.found_inf}
+            apply(lion, fused, params, grads, exp_avgs, lr=lr, beta1=beta1, beta2=beta2,
+                  decay=1 - lr * group["weight_decay"], **skip)
         return loss

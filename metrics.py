@@ -18,6 +18,11 @@ from configurator import ROOT, UserError, to_json, write_atomically
 # Dense bfloat16/float16 tensor-core peaks in FLOP/s, from NVIDIA's data sheets.
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12,
               "RTX 4090": 165e12, "V100": 125e12, "T4": 65e12}
+WIN_RATES, ADVISE_AFTER = (0.05, 0.9), 20   # outside for so many log lines, rho is wrong
+MAX_SKIPPED = 20   # in a row: a GradScaler that begins at 2**16 has found its scale by then
+# Kept on the device: clipped steps and largest loss since the last log line; skipped updates of the
+# whole run; skipped steps in a row.
+COUNTS = ("clipped", "loss_max", "skipped", "in_a_row")
 
 
 def peak_flops(device, dtype):
@@ -46,14 +51,16 @@ class Metrics:
     def __init__(self, cfg, world, flops_per_token, peak, state=None, step=0):
         self.cfg, self.world = cfg, world
         self.flops_per_token, self.peak = flops_per_token, peak
-        state = state or {"clipped": 0, "seconds": 0.0, "wandb_id": None}
-        self.clipped = torch.tensor(float(state["clipped"]), device=world.device)
-        self.bad_step = torch.zeros((), dtype=torch.int64, device=world.device)
+        state = {**dict.fromkeys(COUNTS, 0), "seconds": 0.0, "wandb_id": None, **(state or {})}
+        for name in COUNTS:
+            setattr(self, name, torch.tensor(float(state[name]), device=world.device))
+        self.stuck_at = torch.zeros((), device=world.device)
         self.seconds = state["seconds"]       # in training steps, over all starts of the run
         self.wandb_id = state["wandb_id"]
         self.started_at = None
         self.logged = (step, self.seconds)    # at the last log line
         self.first = self.logged              # when this process started
+        self.unhealthy = 0                    # log lines in a row, see WIN_RATES
         self.file = self.wandb = None
         if world.is_main and not cfg.eval_only:
             self._open(step)
@@ -96,7 +103,8 @@ class Metrics:
         self.wandb.define_metric("val/loss", step_metric="iter", summary="min")
 
     def state_dict(self):
-        return {"clipped": int(self.clipped), "seconds": self.seconds, "wandb_id": self.wandb_id}
+        counts = {name: ddp.largest(float(getattr(self, name))) for name in COUNTS}
+        return {**counts, "seconds": self.seconds, "wandb_id": self.wandb_id}
 
     def start_clock(self):
         """Count the time from now on as training; does nothing while it already is."""
@@ -107,40 +115,58 @@ class Metrics:
         self.seconds += now - (self.started_at or now)
         self.started_at = None
 
-    def observe(self, step, loss, grad_norm, norm_must_be_finite=True):
-        """Count, on the device, a clipped step, and note the first that is not finite."""
+    def observe(self, step, loss, grad_norm):
+        """
+        Take note, on the device, of a training step before its update. loss: this rank's mean;
+        grad_norm: of the gradient of all ranks, hence the same on all. Returns a 0-dim tensor, 1 if
+        the update must be skipped because the gradient is not finite.
+        """
+        skip = self.skip_if_not_finite(grad_norm)
+        self.in_a_row = (self.in_a_row + 1) * skip
+        self.stuck_at += step * ((self.stuck_at == 0) & (self.in_a_row >= MAX_SKIPPED))
+        self.loss_max = torch.fmax(self.loss_max, loss)
         if self.cfg.grad_clip:
             self.clipped += grad_norm > self.cfg.grad_clip
-        self.check_later(step, loss + grad_norm if norm_must_be_finite else loss)
+        return skip
 
-    def check_later(self, step, value):
-        """Have check_finite report `step` if value, a 0-dim tensor, is not finite."""
-        self.bad_step += (~torch.isfinite(value) & (self.bad_step == 0)) * step
+    def skip_if_not_finite(self, grad_norm):
+        skip = (~torch.isfinite(grad_norm)).float()
+        self.skipped += skip
+        return skip
 
-    def check_finite(self):
-        """Raise UserError on every rank if a value on any was not finite. Waits for the device."""
-        step = ddp.largest(int(self.bad_step))
+    def check_skipped(self):
+        """Raise UserError on every rank if too many updates in a row were skipped. Waits for the
+        device."""
+        step = ddp.largest(int(self.stuck_at))
         if step:
-            if self.wandb:
-                self.wandb.alert("loss is not finite", f"{self.cfg.out_dir}, step {step}", "ERROR")
-            raise UserError(f"loss or gradient is not finite at step {step}; checkpoints before it "
-                            f"in {self.cfg.out_dir} are intact. Resume from there with a lower "
-                            f"learning_rate, or start again with more warmup_iters or another seed")
+            self._give_up(f"the gradient was not finite in {MAX_SKIPPED} steps in a row, up to "
+                          f"{step}")
+
+    def _give_up(self, what):
+        if self.wandb:
+            self.wandb.alert("training gave up", f"{self.cfg.out_dir}: {what}", "ERROR")
+        raise UserError(f"{what}; checkpoints in {self.cfg.out_dir} are intact. Resume with a "
+                        f"lower learning_rate, or start again with more warmup_iters or another "
+                        f"seed")
 
     def log_step(self, step, loss, lr, grad_norm, statistics):
         """Record a training step. loss: this rank's mean, 0-dim; statistics: 0-dim tensors by name.
         Every rank calls this; it is the loop's only wait for the device."""
-        self.check_finite()
+        self.check_skipped()
         tensors = {"train/loss": ddp.mean(loss), "grad_norm": grad_norm,
-                   "train/clip_rate": self.clipped / self.cfg.log_interval, **statistics}
+                   "train/clip_rate": self.clipped / self.cfg.log_interval,
+                   "train/skipped": self.skipped, **statistics}
         values = torch.stack([t.float() for t in tensors.values()]).tolist()
+        largest = ddp.largest(float(self.loss_max))
         self.clipped.zero_()
+        self.loss_max.zero_()
         self.stop_clock()
         self.start_clock()
         steps, seconds = step - self.logged[0], self.seconds - self.logged[1]
         rate = steps * self.cfg.tokens_per_step / max(seconds, 1e-9)
         self.logged = (step, self.seconds)
-        record = {**dict(zip(tensors, values)), "lr": lr, "tokens_per_sec": rate}
+        record = {**dict(zip(tensors, values)), "train/loss_max": largest, "lr": lr,
+                  "tokens_per_sec": rate}
         if self.peak:
             record["mfu"] = rate * self.flops_per_token / (self.peak * self.world.size)
         pace = (self.seconds - self.first[1]) / (step - self.first[0])
@@ -153,11 +179,20 @@ class Metrics:
         if "mfu" in record:
             parts.append(f"mfu {record['mfu']:.1%}")
         self._write(step, record, " | ".join(parts + [f"eta {left}"]))
+        self._advise(step, record.get("train/win_rate"))
+
+    def _advise(self, step, win_rate):
+        low, high = WIN_RATES
+        healthy = win_rate is None or low <= win_rate <= high or step <= self.cfg.warmup_iters
+        self.unhealthy = 0 if healthy else self.unhealthy + 1
+        if self.unhealthy == ADVISE_AFTER:
+            how = f"below {low}: raise" if win_rate < low else f"above {high}: lower"
+            ddp.say(f"win_rate has been {how} rho, which is {self.cfg.rho}, in the next run")
 
     def log_eval(self, step, val_loss, stderr):
         """Record an evaluation."""
         if not math.isfinite(val_loss):
-            raise UserError(f"validation loss is {val_loss} at step {step}; nothing was saved")
+            self._give_up(f"validation loss is {val_loss} at step {step}")
         self._write(step, {"val/loss": val_loss, "val/loss_stderr": stderr},
                     f"step {step}/{self.cfg.max_iters} | val loss {val_loss:.4f} +- {stderr:.4f}")
 
@@ -175,6 +210,8 @@ class Metrics:
         tokens = step * self.cfg.tokens_per_step
         record = {"iter": step, "tokens": tokens, "flops": tokens * self.flops_per_token,
                   "seconds": round(self.seconds, 3), "hours": self.seconds / 3600, **record}
+        # JSON has no nan: what a skipped step leaves is left out.
+        record = {k: v for k, v in record.items() if isinstance(v, str) or math.isfinite(v)}
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
         if self.wandb:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 OFFICIAL_BS = 5120   # the official implementation's default, kept for those who never say
 
 
-def sophiag(theta, g, m, h, *, lr, beta1, rho_b, decay):
+def sophiag(theta, g, m, h, *, lr, beta1, rho_b, decay, skip=None):
     """
     One update of a tensor theta and its EMA m, in place, in the paper's notation:
 
@@ -23,16 +23,19 @@ def sophiag(theta, g, m, h, *, lr, beta1, rho_b, decay):
     clip(x, 1) limits a coordinate to [-1, 1]; the same as sign(m) min(|m| / (...), 1) of the
     official code, the denominator being positive. eps keeps it finite while h is zero. rho_b is
     rho B and decay is 1 - lr lambda: a compiled loop would multiply them anew for every vector.
-    Settings are floats or 0-dim tensors.
+    Settings are floats or 0-dim tensors. Where skip is 1, m stays, and theta too if lr is 0 and
+    decay 1.
     """
+    g = g if skip is None else torch.where(skip > 0, m, g)
     m.add_((g - m).mul_(1 - beta1))
     bound = (h * rho_b).add_(1e-15)
     theta.mul_(decay).sub_((m / bound).clamp_(-1, 1).mul_(lr))
 
 
-def update_hessian(h, g, *, beta2):
-    """h <- beta2 h + (1 - beta2) g g, in place."""
-    h.add_((g * g).sub_(h).mul_(1 - beta2))
+def update_hessian(h, g, *, beta2, skip=None):
+    """h <- beta2 h + (1 - beta2) g g, in place; not where skip is 1."""
+    square = g * g if skip is None else torch.where(skip > 0, h, g * g)
+    h.add_((square - h).mul_(1 - beta2))
 
 
 def statistics(theta, m, h, *, rho_b):
@@ -110,12 +113,16 @@ class SophiaG(Optimizer):
     There is no bias correction; until the first `update_hessian` h is zero and a step is
     -lr sign(m).
 
+    As with torch.optim's fused optimizers, where an attribute `found_inf`, a 0-dim float tensor, is
+    1, `step` and `update_hessian` change nothing; nobody waits for the device to know.
+
         every step:     loss(x, y).backward();            optimizer.step()
         every k steps:  loss(x, sampled y).backward();    optimizer.update_hessian()
     """
 
     _hessian_in_use = False
     _warned = False
+    found_inf = None
 
     def __init__(self, params, lr=1e-4, betas=(0.965, 0.99), rho=0.04, weight_decay=1e-1, *,
                  bs=None, maximize=False, capturable=False, fused=None):
@@ -199,9 +206,12 @@ class SophiaG(Optimizer):
             if group["maximize"]:
                 grads = torch._foreach_neg(grads)
             torch._foreach_add_(steps, 1)
-            apply(sophiag, self._fused(group), params, grads, exp_avgs, hessians, lr=group["lr"],
+            lr, skip = group["lr"], {}
+            if self.found_inf is not None:
+                lr, skip = lr * (1 - self.found_inf), {"skip": self.found_inf}
+            apply(sophiag, self._fused(group), params, grads, exp_avgs, hessians, lr=lr,
                   beta1=group["betas"][0], rho_b=group["rho"] * self._bs(group, bs),
-                  decay=1 - group["lr"] * group["weight_decay"])
+                  decay=1 - lr * group["weight_decay"], **skip)
         return loss
 
     @torch.no_grad()
@@ -212,10 +222,12 @@ class SophiaG(Optimizer):
         B g*g then estimates the Gauss-Newton diagonal without bias; B enters in `step`.
         """
         self._hessian_in_use = True
+        skip = {} if self.found_inf is None else {"skip": self.found_inf}
         for group in self.param_groups:
             _, grads, _, hessians, _ = self._tensors(group)
             if grads:
-                apply(update_hessian, self._fused(group), hessians, grads, beta2=group["betas"][1])
+                apply(update_hessian, self._fused(group), hessians, grads,
+                      beta2=group["betas"][1], **skip)
 
     @torch.no_grad()
     def statistics(self, bs=None):

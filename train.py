@@ -229,7 +229,7 @@ def train(cfg, world):
             saved_before = resuming and step == first_step and not cfg.eval_only
             if (evaluating or stopping) and not saved_before:
                 metrics.stop_clock()
-                metrics.check_finite()   # what is not is neither evaluated nor saved
+                metrics.check_skipped()
                 if evaluating:
                     val_loss, stderr = evaluate(raw_model, data, autocast)
                     metrics.log_eval(step, val_loss, stderr)
@@ -252,20 +252,18 @@ def train(cfg, world):
             loss = accumulate_gradients(model, x, y, next_token_loss, cfg.batch_size, autocast,
                                         scaler)
             grad_norm = clip_gradients(raw_model, optimizer, scaler, cfg.grad_clip)
+            step += 1
+            optimizer.found_inf = metrics.observe(step, loss, grad_norm)   # 1: skip this update
             scaler.step(optimizer)
             scaler.update()
-            step += 1
-            metrics.observe(step, loss, grad_norm, norm_must_be_finite=not scaler.is_enabled())
 
             if hessian_due(step, cfg):
                 x, noise = data.hessian(step // cfg.hessian_interval - 1)
                 accumulate_gradients(model, x, noise, sampled_label_loss, cfg.batch_size, autocast,
                                      scaler)
                 norm = clip_gradients(raw_model, optimizer, scaler, cfg.grad_clip)
-                # A float16 overflow is skipped here as it is by scaler.step; it must not enter h.
-                if not scaler.is_enabled() or torch.isfinite(norm):
-                    metrics.check_later(step, norm)
-                    optimizer.update_hessian()
+                optimizer.found_inf = metrics.skip_if_not_finite(norm)
+                optimizer.update_hessian()
                 scaler.update()
 
             if step % cfg.log_interval == 0:

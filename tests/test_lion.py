@@ -100,3 +100,20 @@ def test_sparse_complex_and_impossible_settings_are_refused():
     for bad in {"lr": -1}, {"betas": (1.0, 0.9)}, {"weight_decay": -1}:
         with pytest.raises(ValueError, match="Invalid"):
             Lion([torch.nn.Parameter(torch.ones(1))], **bad)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_found_inf_skips_a_step(fused):
+    results = []
+    for skip in False, True:
+        torch.manual_seed(0)
+        p = torch.nn.Parameter(torch.randn(50))
+        optimizer = Lion([p], lr=0.1, weight_decay=0.1, fused=fused)
+        for bad in 0.0, 1.0, 0.0:
+            p.grad = torch.randn(50) * (torch.nan if bad else 1)
+            if skip or not bad:
+                optimizer.found_inf = torch.tensor(bad) if skip else None
+                optimizer.step()
+        results.append((p.detach(), optimizer.state[p]["exp_avg"]))
+    for a, b in zip(*results):
+        assert a.isfinite().all() and torch.equal(a, b)

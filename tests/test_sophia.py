@@ -289,3 +289,24 @@ def test_sparse_and_complex_are_refused():
 def test_impossible_settings_are_refused(bad):
     with pytest.raises(ValueError, match="Invalid"):
         SophiaG([torch.nn.Parameter(torch.ones(1))], **bad)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_found_inf_skips_a_step_and_a_hessian_update(fused):
+    """Bit for bit as if they had not been called; and where it is 0, as if it were not there."""
+    results = []
+    for skip in False, True:
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(64, 3)), torch.nn.Parameter(torch.randn(7))]
+        optimizer = SophiaG(params, lr=0.1, rho=0.1, weight_decay=0.1, bs=100, fused=fused)
+        for bad in 0.0, 0.0, 1.0, 0.0, 1.0:
+            for p in params:
+                p.grad = torch.randn(p.shape) * (torch.nan if bad else 1)
+            if skip or not bad:
+                optimizer.found_inf = torch.tensor(bad) if skip else None
+                optimizer.update_hessian()
+                optimizer.step()
+        results.append([t for p in params for t in (p.detach(), optimizer.state[p]["exp_avg"],
+                                                    optimizer.state[p]["hessian"])])
+    for a, b in zip(*results):
+        assert a.isfinite().all() and torch.equal(a, b)

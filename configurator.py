@@ -212,9 +212,9 @@ def _read_file(path):
     try:
         with open(path, encoding="utf-8") as file:
             source = file.read()
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:   # ValueError: of the name, or not UTF-8
         reason = getattr(error, "strerror", None) or "not a UTF-8 text file"
-        raise UserError(f"cannot read config file {path}: {reason}") from None
+        raise UserError(f"cannot read config file {path!r}: {reason}") from None
     namespace = {"__file__": path}
     try:
         exec(compile(source, path, "exec"), namespace)

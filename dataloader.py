@@ -36,7 +36,7 @@ def load_meta(data_dir):
                 and meta["dtype"] in ("uint16", "uint32") and type(meta["tokenizer"]) is str
                 and type(meta["eot_id"]) is int and 0 <= meta["eot_id"] < meta["vocab_size"]
                 and all(type(meta.get(f"{s}_tokens", 0)) is int for s in ("train", "val")))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); "
                         f"run prepare.py again") from None
     if not fits:

@@ -236,15 +236,15 @@ def read_metrics(path):
     if not os.path.exists(path):
         return []
     records = []
-    with open(path, encoding="utf-8") as file:
-        lines = file.read().splitlines()
+    with open(path, encoding="utf-8", errors="replace") as file:
+        lines = file.read().split("\n")
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
         if isinstance(record, dict) and isinstance(record.get("iter"), int):
             records.append(record)
-        elif number < len(lines):
+        elif line and number < len(lines):
             raise UserError(f"{path}, line {number} is damaged: not a record; remove the line")
     return records

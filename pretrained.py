@@ -56,7 +56,8 @@ def read_folder(folder):
     except FileNotFoundError:
         raise UserError(f"{folder} has neither a checkpoint of train.py nor all of Hugging Face's "
                         f"files: there is no {os.path.basename(path)}") from None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError,
+            SafetensorError) as error:
         raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from None
     for key, ours in FIXED.items():
         if config[key] != ours:

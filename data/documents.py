@@ -136,7 +136,7 @@ class Files:
                 return ""
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise ValueError("not JSON") from None
             raw = record.get(self.field) if isinstance(record, dict) else None
         if raw is None:

@@ -10,7 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 
+# pytest --hypothesis-profile=slow tries more.
+for profile, cases in ("slow", 1000), ("normal", 60):
+    settings.register_profile(profile, max_examples=cases, deadline=None,
+                              derandomize=profile == "normal",
+                              suppress_health_check=[HealthCheck.function_scoped_fixture,
+                                                     HealthCheck.too_slow])
+    settings.load_profile(profile)
 ROOT = Path(__file__).resolve().parent.parent
 # Small enough for a step in milliseconds; context 32, 8 sequences a step.
 TINY = dict(n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=4, total_batch_size=8,

@@ -1,0 +1,203 @@
+"""
+Whatever comes in, either a valid result or the one clean error, in one line. More cases with
+pytest --hypothesis-profile=slow.
+"""
+import json
+import math
+from argparse import Namespace
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_data
+from documents import TXT_BYTES, Files
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+
+import checkpoint
+import pretrained
+from configurator import TYPES, TrainConfig, UserError, load_config
+from dataloader import DataLoader, load_meta
+from ddp import World
+from metrics import read_metrics
+
+NAMES = [f.name for f in fields(TrainConfig)]
+SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20))
+JSON = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3)
+                    | st.dictionaries(st.text(max_size=8), inner, max_size=3), max_leaves=8)
+NESTED = b"[" * 100_000   # more than Python's stack takes
+NUMBERS = st.sampled_from(["0", "1", "2", "7", "64", "1e-3", "-1", "nan", "inf", "1e999", "9" * 400,
+                           "0x10", "1_000", "None", "True", "false", "cpu", "scratch", ""])
+
+
+def valid(function, *args):
+    """What function returns, or None for a UserError in one line."""
+    try:
+        return function(*args)
+    except UserError as error:
+        assert str(error).strip() and "\n" not in str(error)
+        return None
+
+
+def well_typed(cfg):
+    for name in NAMES:
+        value = getattr(cfg, name)
+        allowed = TYPES[name].__args__ if hasattr(TYPES[name], "__args__") else (TYPES[name],)
+        assert type(value) in allowed, name
+        assert not isinstance(value, float) or math.isfinite(value), name
+
+
+@given(st.lists(st.tuples(st.sampled_from(NAMES), NUMBERS | st.text(max_size=30)), max_size=5),
+       st.integers(1, 16))
+def test_command_lines(pairs, ranks):
+    cfg = valid(load_config, [f"--{name}={text}" for name, text in pairs], ranks)
+    if cfg:
+        well_typed(cfg)
+        assert cfg.total_batch_size % (cfg.batch_size * ranks) == 0
+        assert cfg.hessian_batch_size % ranks == 0 and cfg.n_embd % cfg.n_head == 0
+
+
+@given(st.text(max_size=40).filter(lambda word: word not in ("--help", "-h")))
+def test_any_word(word):
+    valid(load_config, [word])
+
+
+@given(pairs=st.lists(st.tuples(st.sampled_from([*NAMES, "_private", "unknown"]), JSON),
+                      max_size=5))
+def test_config_files(pairs, tmp_path):
+    path = tmp_path / "config.py"
+    lines = [f"{name} = {value!r}\n".replace("nan", "_nan").replace("inf", "_inf")
+             for name, value in pairs]
+    path.write_text("from math import nan as _nan, inf as _inf\n" + "".join(lines),
+                    encoding="utf-8", errors="surrogatepass")
+    cfg = valid(load_config, [str(path)])
+    if cfg:
+        well_typed(cfg)
+
+
+META = {"vocab_size": 65, "tokenizer": "bytes", "dtype": "uint16", "eot_id": 64,
+        "train_tokens": 500, "val_tokens": 100}
+
+
+@given(changes=st.dictionaries(st.sampled_from([*META, "other"]), JSON, max_size=3),
+       drop=st.sets(st.sampled_from(list(META)), max_size=1))
+def test_meta_json(changes, drop, tmp_path):
+    folder = write_data(tmp_path, np.arange(500) % 65, np.arange(100) % 65)
+    meta = {k: v for k, v in {**META, **changes}.items() if k not in drop}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    found = valid(load_meta, str(folder))
+    if found:
+        assert type(found["vocab_size"]) is int and found["dtype"] in ("uint16", "uint32")
+        assert 0 <= found["eot_id"] < found["vocab_size"]
+        valid(make_loader, folder, 16, 4, 1, 0)
+
+
+@given(content=st.binary(max_size=200))
+@example(content=NESTED)
+def test_meta_json_of_any_bytes(content, tmp_path):
+    folder = write_data(tmp_path, [1] * 100, [1] * 100)
+    (folder / "meta.json").write_bytes(content)
+    valid(load_meta, str(folder))
+
+
+def make_loader(folder, block_size, batch, ranks, rank):
+    cfg = load_config([f"--dataset={folder}", f"--block_size={block_size}", "--batch_size=1",
+                       f"--total_batch_size={batch * ranks}"], ranks)
+    return DataLoader(cfg, World(rank, ranks, torch.device("cpu")))
+
+
+@given(tokens=st.integers(0, 3000), block_size=st.integers(1, 200), batch=st.integers(1, 5),
+       ranks=st.integers(1, 4), step=st.integers(0, 10**12))
+def test_batches_lie_within_the_file(tokens, block_size, batch, ranks, step, tmp_path):
+    folder = write_data(tmp_path, np.arange(tokens), np.arange(50), vocab_size=3000)
+    for rank in range(ranks):
+        loader = valid(make_loader, folder, block_size, batch, ranks, rank)
+        assert (loader is None) == (tokens // block_size < 2 or block_size > 49)
+        if loader is None:
+            return
+        x, y = loader.train(step)
+        assert x.shape == y.shape == (batch, block_size)
+        assert torch.equal(x + 1, y) and x.min() >= 0 and y.max() < tokens
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A checkpoint: its payload and its bytes."""
+    folder = tmp_path_factory.mktemp("saved")
+    payload = {"model": {"w": torch.arange(6.0)}, "model_args": {"n_layer": 1}, "optimizer": {},
+               "step": 7, "config": {"seed": 1}, "tokenizer": "bytes", "data": "d"}
+    return payload, open(checkpoint.save(str(folder), payload, 7), "rb").read()
+
+
+@given(data=st.data())
+def test_changed_checkpoints(saved, tmp_path, data):
+    payload, content = saved
+    at = data.draw(st.integers(0, len(content) - 1))
+    kind = data.draw(st.sampled_from(["flip", "cut", "insert", "swap"]))
+    changed = {"flip": lambda: content[:at] + bytes([content[at] ^ data.draw(st.integers(1, 255))])
+               + content[at + 1:],
+               "cut": lambda: content[:at],
+               "insert": lambda: content[:at] + data.draw(st.binary(min_size=1)) + content[at:],
+               "swap": lambda: content[at:] + content[:at]}[kind]()
+    path = tmp_path / "ckpt_00000007.pt"
+    path.write_bytes(changed)
+    found = valid(checkpoint.load, str(path))
+    if found is not None:   # a byte that means nothing
+        assert torch.equal(found["model"]["w"], payload["model"]["w"])
+        assert {k: found[k] for k in payload if k != "model"} == {
+            k: v for k, v in payload.items() if k != "model"}
+
+
+@given(content=st.binary(max_size=300))
+def test_checkpoints_of_any_bytes(content, tmp_path):
+    path = tmp_path / "ckpt_00000001.pt"
+    path.write_bytes(content)
+    assert valid(checkpoint.load, str(path)) is None
+
+
+@given(content=st.binary(max_size=200) | st.lists(JSON.map(json.dumps), max_size=4).map(
+    lambda lines: "\n".join(lines).encode("utf-8", "surrogatepass")))
+@example(content=NESTED + b"\n{}\n")
+def test_metrics_of_any_bytes(content, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(content)
+    for record in valid(read_metrics, str(path)) or []:
+        assert isinstance(record["iter"], int)
+
+
+@given(changes=st.dictionaries(
+    st.sampled_from(["n_layer", "n_head", "n_embd", "n_positions", "vocab_size", "model_type",
+                     "activation_function", "scale_attn_by_inverse_layer_idx"]), JSON, max_size=2))
+def test_hugging_face_configs(changes, tmp_path):
+    from safetensors.torch import save_file
+    save_file({"wte.weight": torch.zeros(65, 4), "wpe.weight": torch.zeros(8, 4)},
+              tmp_path / "model.safetensors")
+    config = {"n_layer": 0, "n_head": 1, "n_embd": 4, "n_positions": 8, "vocab_size": 65, **changes}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    valid(pretrained.load, str(tmp_path), 65, False)
+
+
+@given(content=st.binary(max_size=200), suffix=st.sampled_from(
+    [".jsonl", ".txt", ".parquet", ".jsonl.gz", ".txt.zst"]))
+@example(content=NESTED[:TXT_BYTES], suffix=".jsonl")
+def test_documents_of_any_bytes(content, suffix, tmp_path):
+    path = tmp_path / f"file{suffix}"
+    path.write_bytes(content)
+    source = valid(Files, str(path))
+    assume(source)
+    for raw, _ in valid(lambda: list(source.documents(0, 0))) or []:
+        assert raw is None or len(raw) <= TXT_BYTES
+        try:
+            assert isinstance(source.text(0, raw), str)
+        except ValueError as error:   # counted and left out
+            assert str(error)
+
+
+def test_nothing_is_evaluated(tmp_path):
+    """What the shell hands over is text, whatever it looks like."""
+    target = tmp_path / "made"
+    for word in f"--out_dir=__import__('os').mkdir({str(target)!r})", "--seed=().__class__":
+        cfg = valid(load_config, [word])
+        assert not target.exists() and (cfg is None or cfg.out_dir.startswith("__import__"))
+    assert Namespace(**vars(load_config(["--rho=1e-2"]))).rho == 0.01

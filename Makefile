@@ -15,7 +15,8 @@ quickstart: .venv/installed data/pystdlib/meta.json
 	$(PY) sample.py out/quickstart-sophiag --prompt="def " --max_new_tokens=500
 
 test: .venv/installed-tests
-	$(PY) -m pytest -q -n 2 --dist loadscope
+	$(PY) -m ruff check .
+	$(PY) -m pytest -q -n 2 --dist loadscope --cov --cov-report=term
 
 data/pystdlib/meta.json: data/pystdlib/prepare.py data/tokenize_to_bin.py | .venv/installed
 	$(PY) data/pystdlib/prepare.py

@@ -132,6 +132,7 @@ class TrainConfig:
     device: str = knob("auto", "auto | cuda | mps | cpu")
     dtype: str = knob("auto", "auto | float32 | bfloat16 | float16 (with a GradScaler)")
     compile: str = knob("auto", "auto | True | False: torch.compile")
+    deterministic: bool = knob(False, "CUDA: kernels that repeat bit for bit, slower")
     backend: str = knob("auto", "torch.distributed backend: auto | nccl | gloo")
 
     @property

@@ -119,6 +119,16 @@ def pick_compile(setting, device):
     return reason
 
 
+def be_deterministic():
+    """
+    Ask PyTorch for kernels that give the same bits each time, before the device is first used. What
+    has none warns: on CUDA that is the sum over classes by which a Hessian label is drawn.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False   # for debugging, and slow
+
+
 def mean(value):
     """Mean over ranks of a 0-dim tensor, in place on its device."""
     if dist.is_initialized():

@@ -182,6 +182,8 @@ def describe(cfg, world, data, model, dtype, compile_reason):
 
 def train(cfg, world):
     device = world.device
+    if cfg.deterministic:
+        ddp.be_deterministic()
     dtype = ddp.pick_dtype(cfg.dtype, device)
     compile_reason = ddp.pick_compile(cfg.compile, device)
     data = DataLoader(cfg, world)

@@ -28,6 +28,26 @@ def all_records(out_dir):
     return without_times(records(out_dir, "iter"))
 
 
+def tensors(tree, path=""):
+    """{path: bytes} of all tensors in nested dicts and lists."""
+    if torch.is_tensor(tree):
+        return {path: tree.numpy().tobytes()}
+    if not isinstance(tree, (dict, list)):
+        return {}
+    found, items = {}, tree.items() if isinstance(tree, dict) else enumerate(tree)
+    for key, value in items:
+        found |= tensors(value, f"{path}/{key}")
+    return found
+
+
+def assert_same_run(a, b):
+    """Every record, and every tensor of the newest checkpoint, byte for byte."""
+    assert all_records(a) == all_records(b)
+    first, second = (tensors(checkpoint.load(checkpoint.newest_good(str(run))[0]))
+                     for run in (a, b))
+    assert len(first) > 30 and first == second
+
+
 # ---------------------------------------------------------------- ranks
 
 @pytest.fixture(scope="module")
@@ -229,9 +249,20 @@ def test_low_precision_follows_float32(tiny_data, tmp_path, dtype):
 def test_compiled_follows_eager(tiny_data, tmp_path):
     settings = dict(max_iters=12, eval_interval=12)
     train(tmp_path / "eager", tiny_data, **settings)
-    assert "compiled" in train(tmp_path / "compiled", tiny_data, **{**settings, "compile": True})
+    for name in "compiled", "again":
+        output = train(tmp_path / name, tiny_data, **{**settings, "compile": True})
+        assert "float32, compiled" in output
     for a, b in zip(records(tmp_path / "compiled"), records(tmp_path / "eager")):
         assert a["train/loss"] == pytest.approx(b["train/loss"], abs=1e-4)
+    assert_same_run(tmp_path / "compiled", tmp_path / "again")
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_same_run_twice_is_bitwise_the_same(tiny_data, tmp_path, optimizer):
+    for name in "one", "two":
+        train(tmp_path / name, tiny_data, optimizer=optimizer, max_iters=25, dropout=0.1,
+              deterministic=name == "two")   # which on a CPU changes nothing
+    assert_same_run(tmp_path / "one", tmp_path / "two")
 
 
 def test_start_lines_spell_the_batch_out(tiny_data, tmp_path):

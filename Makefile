@@ -18,7 +18,7 @@ test: .venv/installed-tests
 	$(PY) -m ruff check .
 	$(PY) -m pytest -q -n 2 --dist loadscope --cov --cov-report=term
 
-data/pystdlib/meta.json: data/pystdlib/prepare.py data/tokenize_to_bin.py | .venv/installed
+data/pystdlib/meta.json: | .venv/installed
 	$(PY) data/pystdlib/prepare.py
 
 .venv/installed: requirements.txt

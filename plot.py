@@ -74,7 +74,7 @@ def plot_grid(rows, axes, path):
     """
     Final val loss against learning rate into an image file; rows are those of results.csv. A line
     for each optimizer and combination of values on further axes: means over seeds, with a bar from
-    the lowest to the highest. A cross at the top is a run that failed.
+    the lowest to the highest. A cross at the top is a run that failed. Nothing without a loss.
     """
     further = [a for a in axes if a not in ("learning_rate", "optimizer", "seed")]
     lines = {}   # by name: {learning rate: losses}, learning rates at which a run failed
@@ -85,6 +85,8 @@ def plot_grid(rows, axes, path):
             losses.setdefault(row["learning_rate"], []).append(row["final_val_loss"])
         elif row["status"] == "failed":
             failed.add(row["learning_rate"])
+    if not any(losses for losses, _ in lines.values()):
+        return
     rates = sorted({row["learning_rate"] for row in rows})
     ticks = [np.format_float_scientific(lr, trim="-", exp_digits=1) for lr in rates]
     figure = Figure(figsize=(6.4, 4.4), dpi=160, layout="constrained")
@@ -108,10 +110,10 @@ def plot_grid(rows, axes, path):
     axis.minorticks_off()
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
-    if shown and min(shown) < max(shown):
-        low, high = min(shown), max(shown)
-        # The loss at a learning rate far too high would flatten the rest.
-        high = min(high, low + 10 * (np.median(shown) - low))
+    low = min(shown)
+    # The loss at a learning rate far too high would flatten the rest.
+    high = min(max(shown), low + 10 * (np.median(shown) - low))
+    if low < high:
         axis.set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low))
     figure.legend(loc="outside upper center", ncols=2, handlelength=4, frameon=False,
                   title="lowest" + " mean over seeds; bars: smallest to largest" * ("seed" in axes))

@@ -138,8 +138,7 @@ def main(argv):
                   f"{duration(pace * (len(todo) - n))} left", flush=True)
     rows[:] = [result(run, axes) for run in runs]   # also those that a signal stopped
     save()
-    rates = {run.config["learning_rate"] for run in runs}
-    if args.only is None and len(rates) > 1 and any(row["status"] == "done" for row in rows):
+    if args.only is None and len({run.config["learning_rate"] for run in runs}) > 1:
         plot_grid(rows, axes, os.path.join(folder, "results.png"))
     if undone := sum(rows[i]["status"] != "done" for i in todo):
         reason = f"stopped by {stop.name}, " * bool(stop.name)

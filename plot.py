@@ -112,7 +112,7 @@ def plot_grid(rows, axes, path):
     axis.spines[["top", "right"]].set_visible(False)
     low = min(shown)
     # The loss at a learning rate far too high would flatten the rest.
-    high = min(max(shown), low + 10 * (np.median(shown) - low))
+    high = min(max(shown), low + 6 * (np.median(shown) - low))
     if low < high:
         axis.set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low))
     figure.legend(loc="outside upper center", ncols=2, handlelength=4, frameon=False,

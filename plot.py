@@ -1,5 +1,6 @@
 """
-The curves of compare.py --plot: losses, win_rate, learning rate, gradient norm, a panel each.
+Pictures: the curves of compare.py --plot (losses, win_rate, learning rate, gradient norm, a panel
+each), and final losses against learning rate, of sweep.py.
 """
 import math
 
@@ -29,6 +30,10 @@ def plot(runs, path):
         draw(figure.add_subplot(rows, 2, i), runs, *panel)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), ncols=min(len(runs), 3),
                   loc="outside upper center", handlelength=4, frameon=False)
+    save(figure, path)
+
+
+def save(figure, path):
     try:
         figure.savefig(path)
     except OSError as error:
@@ -63,3 +68,53 @@ def draw(axis, runs, x, y, label):
     elif y in ("val/loss", "train/loss") and low < high:
         # The first losses, near ln(vocabulary), would flatten the rest.
         axis.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+
+
+def plot_grid(rows, axes, path):
+    """
+    Final val loss against learning rate into an image file; rows are those of results.csv. A line
+    for each optimizer and combination of values on further axes: means over seeds, with a bar from
+    the lowest to the highest. A cross at the top is a run that failed. Nothing without a loss.
+    """
+    further = [a for a in axes if a not in ("learning_rate", "optimizer", "seed")]
+    lines = {}   # by name: {learning rate: losses}, learning rates at which a run failed
+    for row in rows:
+        name = ", ".join([row["optimizer"], *(f"{a} {row[a]}" for a in further)])
+        losses, failed = lines.setdefault(name, ({}, set()))
+        if row["status"] == "done":
+            losses.setdefault(row["learning_rate"], []).append(row["final_val_loss"])
+        elif row["status"] == "failed":
+            failed.add(row["learning_rate"])
+    if not any(losses for losses, _ in lines.values()):
+        return
+    rates = sorted({row["learning_rate"] for row in rows})
+    ticks = [np.format_float_scientific(lr, trim="-", exp_digits=1) for lr in rates]
+    figure = Figure(figsize=(6.4, 4.4), dpi=160, layout="constrained")
+    axis = figure.add_subplot()
+    shown = []
+    for i, (name, (losses, failed)) in enumerate(lines.items()):
+        colour, x = COLOURS[i % len(COLOURS)], sorted(losses)
+        if x:
+            low, mean, high = (np.array([f(losses[lr]) for lr in x])
+                               for f in (np.min, np.mean, np.max))
+            name += f": {mean.min():.3f} at {ticks[rates.index(x[mean.argmin()])]}"
+            axis.errorbar(x, mean, [mean - low, high - mean] if "seed" in axes else None,
+                          color=colour, linestyle=("-", "--", "-.", ":")[i % 4], label=name,
+                          marker="osD^vP"[i % 6], markersize=5, capsize=3)
+            shown += mean.tolist()
+        axis.plot(sorted(failed), [0.97 - 0.04 * i] * len(failed), "x", color=colour,
+                  markersize=7, markeredgewidth=2, transform=axis.get_xaxis_transform())
+    note = " (x: a run failed)" * any(failed for _, failed in lines.values())
+    axis.set(xscale="log", xlabel="learning rate" + note, ylabel="final " + VAL_LOSS)
+    axis.set_xticks(rates, ticks)
+    axis.minorticks_off()
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    low = min(shown)
+    # The loss at a learning rate far too high would flatten the rest.
+    high = min(max(shown), low + 6 * (np.median(shown) - low))
+    if low < high:
+        axis.set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low))
+    figure.legend(loc="outside upper center", ncols=2, handlelength=4, frameon=False,
+                  title="lowest" + " mean over seeds; bars: smallest to largest" * ("seed" in axes))
+    save(figure, path)

@@ -50,7 +50,7 @@ def made(line):
 
 def test_commands_are_those_that_are_tested_here():
     assert [c.split()[0] for c in COMMANDS] == (
-        ["make"] * 2 + ["python"] * 2 + ["torchrun"] * 4 + ["python"] * 5)
+        ["make"] * 2 + ["python"] * 2 + ["torchrun"] * 4 + ["python"] * 6)
 
 
 def test_data_is_prepared(copy, tmp_path):
@@ -117,8 +117,8 @@ def test_two_nodes_meet(copy, tiny_data, tmp_path):
 
 
 def test_other_commands_run_after_a_quickstart(copy):
-    train, sample, compare, export, bench = (c.replace("python", sys.executable, 1)
-                                             for c in COMMANDS[-5:])
+    train, sample, compare, export, bench, sweep = (c.replace("python", sys.executable, 1)
+                                                    for c in COMMANDS[-6:])
     quick = " --max_iters=2 --warmup_iters=1 --eval_iters=1"
     for name in "sophiag", "adamw":
         shell(f"{sys.executable} data/pystdlib/prepare.py && {sys.executable} train.py "
@@ -127,6 +127,7 @@ def test_other_commands_run_after_a_quickstart(copy):
     assert "tokens in" in shell(sample + " --max_new_tokens=5", copy)
     assert "final val loss" in shell(compare, copy)
     assert "wrote exported" in shell(export, copy)
+    assert "[6/6]" in shell(sweep + quick + " --n_layer=1", copy)
     assert "sophiag" in shell(bench + " --compile=False --n_layer=1 --n_embd=48 --repeat=1", copy)
 
 

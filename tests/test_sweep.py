@@ -141,7 +141,7 @@ def test_failed_runs_are_reported_and_stop_no_others(swept):
     assert len(lines) == 5 and lines[-1].startswith("[4/4]") and lines[-1].endswith(" left")
     for name in BAD:
         line = next(line for line in lines if name in line)
-        assert "exit code 2: train.py: error: loss" in line and "not finite" in line
+        assert "exit code 2: train.py: error: validation loss is nan" in line
         assert "train.py: error" in (out_dir / name / "output.txt").read_text()
     for name in GOOD:
         loss = records(out_dir / name, "val/loss")[-1]["val/loss"]

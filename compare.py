@@ -25,10 +25,10 @@ SHARED = ("dataset", "block_size", "total_batch_size", "eval_iters", "max_iters"
           "bias", "scale_attn_by_inverse_layer_idx")
 
 NOTE = """\
-Differences of val loss; below 0: better than the baseline. On the same windows their standard error
-is at most the root of the sum of both squares. Equal steps are equal tokens: runs with another
-batch are not compared. Between evaluations, linear interpolation; before the end of a run its
-learning rate is still high, and the loss with it, so that speed-ups (x) come out too small."""
+Differences of val loss; below 0: better than the baseline. Both saw the same windows, so that the
+standard error of a difference is below the root of the sum of both squares. Equal steps are equal
+tokens. Between evaluations, linear interpolation; before the end of a run its learning rate is
+still high, and the loss with it, so that speed-ups (x) come out too small."""
 
 
 @dataclass

@@ -91,6 +91,9 @@ class Metrics:
         self.wandb.define_metric("*", step_metric="iter")
 
     def state_dict(self):
+        """What a checkpoint keeps. The records before it are on the disk when this returns."""
+        if self.file:
+            self._append("", to_disk=True)
         return {"clipped": int(self.clipped), "seconds": self.seconds, "wandb_id": self.wandb_id}
 
     def start_clock(self):
@@ -157,15 +160,25 @@ class Metrics:
     def _write(self, step, record, line):
         if not self.world.is_main:
             return
-        print(line, flush=True)
+        ddp.say(line)
         if not self.file:   # eval_only
             return
         record = {"iter": step, "tokens": step * self.cfg.tokens_per_step,
                   "seconds": round(self.seconds, 3), **record}
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        self._append(json.dumps(record) + "\n")
         if self.wandb:
             self.wandb.log(record)
+
+    def _append(self, text, to_disk=False):
+        try:
+            self.file.write(text)
+            self.file.flush()
+            if to_disk:
+                os.fsync(self.file.fileno())
+        except OSError as error:
+            path, self.file = self.file.name, None   # to close it would be to try again
+            raise UserError(f"cannot write {path}: {error.strerror}; checkpoints are "
+                            f"intact") from None
 
     def __enter__(self):
         return self

@@ -6,6 +6,8 @@ import os
 import pickle
 import re
 import zipfile
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -36,6 +38,24 @@ def check_unused(run_dir):
                         f"with --init_from=resume, or choose another --out_dir")
 
 
+def lock(run_dir):
+    """
+    Make run_dir and claim it until this process ends, in whatever way. Raises UserError if another
+    process has claimed it.
+    """
+    try:
+        import fcntl  # not on Windows
+        os.makedirs(run_dir, exist_ok=True)
+        # Never closed. A file in it, since NFS locks only what is open for writing.
+        descriptor = os.open(os.path.join(run_dir, "lock"), os.O_RDWR | os.O_CREAT, 0o666)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another process is training in {run_dir}; stop it first, or choose "
+                        f"another --out_dir") from None
+    except (ImportError, OSError):   # no locks here (Lustre), or no writing: config.json will tell
+        pass
+
+
 def save(run_dir, payload, best_step):
     """
     Write payload, a dict with KEYS, as the checkpoint of payload["step"], then delete the ones that
@@ -43,9 +63,14 @@ def save(run_dir, payload, best_step):
     """
     path = path_of(run_dir, payload["step"])
     write_atomically(path, lambda file: torch.save(dict(payload, version=FORMAT_VERSION), file))
-    for old in list_checkpoints(run_dir)[KEEP:]:
+    existing = list_checkpoints(run_dir)
+    # Newer ones are those that could not be loaded: they must not push out what can.
+    unwanted = existing[existing.index(path) + KEEP:]
+    unwanted += map(str, Path(run_dir).glob("ckpt_*.pt.tmp"))   # of processes that were killed
+    for old in unwanted:
         if old != path_of(run_dir, best_step):
-            os.remove(old)
+            with suppress(OSError):   # a file too many is no reason to stop
+                os.remove(old)
     return path
 
 

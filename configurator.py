@@ -35,6 +35,11 @@ class UserError(Exception):
     """A mistake that the user can mend. Shown as one line, exit code 2."""
 
 
+class RankError(UserError):
+    """One that other ranks may not know of: shown by each rank that raises it, not by rank 0
+    alone."""
+
+
 def run_script(main):
     """Run a script's main(argv): a UserError becomes one line on stderr and exit code 2; Ctrl-C,
     130."""
@@ -43,8 +48,10 @@ def run_script(main):
     except KeyboardInterrupt:
         sys.exit(130)
     except UserError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
+        rank = int(os.environ.get("RANK", 0))
+        if rank == 0 or isinstance(error, RankError):
+            script = os.path.basename(sys.argv[0]) + f": rank {rank}" * (rank > 0)
+            print(f"{script}: error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 
@@ -74,7 +81,9 @@ def write_atomically(path, write):
         directory = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
         os.fsync(directory)
         os.close(directory)
-    except (OSError, RuntimeError) as error:   # torch.save wraps a full disk in RuntimeError
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError):   # torch.save's, which does not name a full disk
+            error = error.__context__ or error
         if os.path.exists(temporary):
             os.remove(temporary)
         raise UserError(f"cannot write {path}: {error}; what was there before is intact") from None

@@ -13,7 +13,7 @@ import os
 import numpy as np
 import torch
 
-from configurator import ROOT, UserError
+from configurator import ROOT, RankError, UserError
 
 STREAMS = ("train", "hessian")   # independent orders over train.bin
 GPT2_META = {"vocab_size": 50257, "tokenizer": "gpt2", "dtype": "uint16", "eot_id": 50256}
@@ -76,10 +76,10 @@ class Tokens:
         for row, start in zip(out, starts):
             self.file.seek(int(start) * self.dtype.itemsize)
             if self.file.readinto(memoryview(row).cast("B")) != row.nbytes:
-                raise UserError(f"{self.path} ends before token {start + length:,}: "
+                raise RankError(f"{self.path} ends before token {start + length:,}: "
                                 f"it was truncated under this run")
         if out.size and out.max() >= self.vocab_size:
-            raise UserError(f"{self.path} holds token id {out.max()}, beyond the vocabulary of "
+            raise RankError(f"{self.path} holds token id {out.max()}, beyond the vocabulary of "
                             f"{self.vocab_size}: wrong meta.json or damaged file")
         return out.astype(np.int64)
 

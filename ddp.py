@@ -6,16 +6,19 @@ import gc
 import os
 import shutil
 import signal
+import sys
 import sysconfig
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.util import find_spec
+from textwrap import shorten
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from configurator import UserError
+from configurator import RankError, UserError
 
 TIMEOUT = timedelta(minutes=30)   # a rank that waits longer than this for the others gives up
 
@@ -36,9 +39,13 @@ def world_size():
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def restart_count():
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
 def restarted():
-    """Whether torchrun started this process again after a failure."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    """Whether torchrun started any rank again after a failure; nodes count for themselves."""
+    return largest(restart_count()) > 0
 
 
 def join(device="auto", backend="auto"):
@@ -67,15 +74,39 @@ def join(device="auto", backend="auto"):
     if kind == "mps":
         raise UserError("several ranks on mps are not supported by PyTorch; use --device=cpu")
     on_gpu = kind == "cuda" and backend != "gloo"
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=TIMEOUT,
+    store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # torchrun's store outlives the ranks: the addresses of those that a restart replaced are
+        # still in it. On several nodes, which may count differently, the user must have torchrun
+        # make a new store each time: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
+        store = dist.PrefixStore(f"start_{restart_count()}", store)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", store=store, rank=rank,
+                            world_size=size, timeout=TIMEOUT,
                             device_id=chosen if on_gpu else None)
     return World(dist.get_rank(), dist.get_world_size(), chosen)
 
 
+@contextmanager
+def naming_lost_ranks():
+    """Make what gloo raises when another rank has died or hangs a RankError. NCCL's errors, which
+    can have other causes, stay as they are."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "gloo/transport" not in str(error):
+            raise
+        raise RankError(f"another rank died, or did not answer for {TIMEOUT}; what it printed says "
+                        f"why. Go on with --init_from=auto ({shorten(str(error), 200)})") from None
+
+
 def say(text):
-    """Print on rank 0 alone."""
+    """Print on rank 0 alone. When the terminal or the reader of a pipe is gone, or the disk with
+    the log is full, training goes on unheard."""
     if int(os.environ.get("RANK", 0)) == 0:
-        print(text, flush=True)
+        try:
+            print(text, flush=True)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def leave():
@@ -182,15 +213,18 @@ def seed_step(seed, step, rank):
 
 class StopSignal:
     """
-    SIGTERM, SIGINT and SIGUSR1 (Slurm's warning) ask for a stop after the step under way; a second
-    SIGINT interrupts at once.
+    SIGTERM, SIGINT, SIGUSR1 (Slurm's warning) and SIGHUP (the terminal is gone) ask for a stop
+    after the step under way; a second SIGINT interrupts at once. Under nohup SIGHUP is ignored.
     """
 
     def __init__(self):
         self.name = None
-        for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
-            if hasattr(signal, name):   # Windows has no SIGUSR1
-                signal.signal(getattr(signal, name), self._on_signal)
+        for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"):
+            number = getattr(signal, name, None)   # Windows lacks the last two
+            # torchrun takes no notice of nohup, passes SIGHUP on and kills who does not leave.
+            if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
+                               and not dist.is_torchelastic_launched()):
+                signal.signal(number, self._on_signal)
 
     def _on_signal(self, number, frame):
         self.name = signal.Signals(number).name

@@ -103,6 +103,9 @@ class Metrics:
         self.wandb.define_metric("val/loss", step_metric="iter", summary="min")
 
     def state_dict(self):
+        """What a checkpoint keeps. The records before it are on the disk when this returns."""
+        if self.file:
+            self._append("", to_disk=True)
         counts = {name: ddp.largest(float(getattr(self, name))) for name in COUNTS}
         return {**counts, "seconds": self.seconds, "wandb_id": self.wandb_id}
 
@@ -204,7 +207,7 @@ class Metrics:
     def _write(self, step, record, line):
         if not self.world.is_main:
             return
-        print(line, flush=True)
+        ddp.say(line)
         if not self.file:   # eval_only
             return
         tokens = step * self.cfg.tokens_per_step
@@ -212,14 +215,24 @@ class Metrics:
                   "seconds": round(self.seconds, 3), "hours": self.seconds / 3600, **record}
         # JSON has no nan: what a skipped step leaves is left out.
         record = {k: v for k, v in record.items() if isinstance(v, str) or math.isfinite(v)}
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        self._append(json.dumps(record) + "\n")
         if self.wandb:
             if "sample" in record:
                 from wandb import Table
                 self.samples.append([step, record["sample"]])
                 record["sample"] = Table(columns=["iter", "text"], data=self.samples)
             self.wandb.log(record)
+
+    def _append(self, text, to_disk=False):
+        try:
+            self.file.write(text)
+            self.file.flush()
+            if to_disk:
+                os.fsync(self.file.fileno())
+        except OSError as error:
+            path, self.file = self.file.name, None   # to close it would be to try again
+            raise UserError(f"cannot write {path}: {error.strerror}; checkpoints are "
+                            f"intact") from None
 
     def __enter__(self):
         return self

@@ -5,7 +5,8 @@ Pretrain GPT-2 with SophiaG, AdamW or Lion: one loop for all of them.
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_small_sophiag.py
     python train.py --help
 
-SIGTERM, SIGINT or SIGUSR1 finish the step, save and leave; --init_from=resume goes on from there.
+SIGTERM, SIGINT, SIGUSR1 or SIGHUP finish the step, save and leave; --init_from=resume goes on from
+there.
 """
 import math
 import os
@@ -103,6 +104,8 @@ def find_start(cfg, data):
             ddp.say(f"{problem}; falling back to the checkpoint before it")
         if path is not None:
             start = checkpoint.load(path)
+            if cfg.init_from not in ("resume", "auto") and start["config"] != asdict(cfg):
+                checkpoint.check_unused(cfg.out_dir)   # another run, as it was at the first try
             for name in FIXED_KNOBS:
                 then, now = start["config"].get(name), getattr(cfg, name)
                 if then != now:
@@ -221,6 +224,8 @@ def train(cfg, world):
     tokenizer = get_tokenizer(data.meta["tokenizer"]) if cfg.sample_tokens else None
     describe(cfg, world, data, raw_model, dtype, compile_reason)
     stop = ddp.StopSignal()
+    if not cfg.eval_only:
+        ddp.from_main(lambda: checkpoint.lock(cfg.out_dir))
     metrics = Metrics(cfg, world, raw_model.flops_per_token(), peak_flops(device, dtype),
                       metrics_state, step)
     with metrics:
@@ -279,7 +284,8 @@ def train(cfg, world):
 
 def main(argv):
     cfg = load_config(argv, ddp.world_size())
-    train(cfg, ddp.join(cfg.device, cfg.backend))
+    with ddp.naming_lost_ranks():
+        train(cfg, ddp.join(cfg.device, cfg.backend))
     ddp.leave()
 
 

@@ -75,6 +75,15 @@ def write_data(folder, train_tokens, val_tokens, vocab_size=65, **meta):
     return folder
 
 
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="break training many more times")
+
+
+@pytest.fixture(scope="session")
+def slow(pytestconfig):
+    return pytestconfig.getoption("--slow")
+
+
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory):
     """20,000 training tokens in which each depends on the one before, so that there is something to

@@ -201,7 +201,8 @@ def test_other_signals_save_and_leave_too(tiny_data, tmp_path, name):
 
 
 def test_a_restart_by_torchrun_resumes_without_being_told(tiny_data, tmp_path):
-    train(tmp_path, tiny_data, max_iters=20)
+    train(tmp_path, tiny_data)
+    (tmp_path / "ckpt_00000040.pt").unlink()   # as if it had been killed before
     words = flags(**{**TINY, "dataset": tiny_data, "out_dir": tmp_path})
     assert run("train.py", *words).returncode == 2   # holds a run already
     done = run("train.py", *words, TORCHELASTIC_RESTART_COUNT="1")

@@ -156,7 +156,7 @@ class DataLoader:
 
     def direction(self, update, like):
         """
-        Hutchinson's random vector for Hessian update number `update`: a standard normal tensor for
+        Hutchinson's random vector of Hessian update number `update`: a standard normal tensor for
         each tensor of `like`, the same on all ranks.
         """
         key = np.random.SeedSequence([self.cfg.seed, len(STREAMS) + 1, update]).generate_state(1)

@@ -10,8 +10,7 @@ import torch
 from torch.optim import Optimizer
 
 OFFICIAL_BS = 5120   # the official implementation's default, kept for those who never say
-# Steering rho: nats of log rho for a win_rate that is off by 1, and where rho must stay.
-GAIN, LOWEST_RHO, HIGHEST_RHO = 2.0, 1e-4, 1e2
+LOWEST_RHO, HIGHEST_RHO, LARGEST_FACTOR = 1e-4, 1e2, 10.0   # where and how fast rho is steered
 
 
 def sophiag(theta, g, m, h, *, lr, beta1, rho_b, decay, skip=None):
@@ -23,12 +22,11 @@ def sophiag(theta, g, m, h, *, lr, beta1, rho_b, decay, skip=None):
         theta <- theta - lr clip(m / (rho B h + eps), 1)
 
     clip(x, 1) limits a coordinate to [-1, 1]; the same as sign(m) min(|m| / (...), 1) of the
-    official code, the denominator being positive. eps keeps it finite while h is zero, and where
-    it is negative, which only Hutchinson's can be, h counts as zero: sign(m), as in the paper,
-    whose denominator is max(rho h, eps). rho_b is
-    rho B and decay is 1 - lr lambda: a compiled loop would multiply them anew for every vector.
-    Settings are floats or 0-dim tensors. Where skip is 1, m stays, and theta too if lr is 0 and
-    decay 1.
+    official code, the denominator being positive. eps keeps it finite while h is zero; a negative
+    h, which Hutchinson's estimator can give, counts as zero, as in the paper: max(rho h, eps).
+    rho_b is rho B and decay is 1 - lr lambda: a compiled loop would multiply them anew for every
+    vector. Settings are floats or 0-dim tensors. Where skip is 1, m stays, and theta too if lr is
+    0 and decay 1.
     """
     g = g if skip is None else torch.where(skip > 0, m, g)
     m.add_((g - m).mul_(1 - beta1))
@@ -119,10 +117,11 @@ class SophiaG(Optimizer):
         fused: True runs each update as one pass over memory, compiled by torch.compile in seconds,
             once for all sizes; None does so on CUDA where Triton is installed; False never.
         target_win_rate (float): None or 0 leaves rho as it is. Otherwise each `update_hessian`
-            multiplies rho, a tensor in the parameter groups then, by
-                exp(2 (target_win_rate - win_rate))
-            and keeps it within 1e-4 and 1e2. Needs bs. A loaded state_dict brings its rho; whether
-            that is steered is for the constructor to say.
+            makes rho, a tensor in the parameter groups then,
+                rho <- rho target_win_rate / win_rate
+            by a factor of at most 10 and within 1e-4 and 100. Where small m are the most frequent,
+            win_rate grows at most as fast as rho, so that this cannot pass the target by. Needs bs.
+            A loaded state_dict brings its rho; whether that is steered is for the constructor.
 
     State of a parameter: `step`, `exp_avg`, `hessian`. A state_dict of the official class loads.
     There is no bias correction; until the first `update_hessian` h is zero and a step is
@@ -259,10 +258,13 @@ class SophiaG(Optimizer):
                 apply(rule, self._fused(group), hessians, grads, beta2=group["betas"][1], **skip)
         target = self.defaults.get("target_win_rate")
         if target and self.state:
-            nats = GAIN * (target - self.statistics()["win_rate"])
-            factor = (nats if self.found_inf is None else nats * (1 - self.found_inf)).exp()
-            for group in filter(lambda group: group["params"], self.param_groups):
-                self._rho(group).mul_(factor).clamp_(LOWEST_RHO, HIGHEST_RHO)
+            factor = target / self.statistics()["win_rate"]
+            factor = factor.clamp(1 / LARGEST_FACTOR, LARGEST_FACTOR)
+            if self.found_inf is not None:
+                factor = factor ** (1 - self.found_inf)
+            for group in self.param_groups:
+                if group["params"]:
+                    self._rho(group).mul_(factor).clamp_(LOWEST_RHO, HIGHEST_RHO)
 
     @torch.no_grad()
     def statistics(self, bs=None):

@@ -66,9 +66,11 @@ def estimate_hessian(model, raw_model, batch, direction, cfg, autocast, scaler):
     Leave in .grad what the optimizer's update_hessian takes, from a batch (x, y, noise) and all
     ranks, times the scaler's scale. By cfg.hessian_estimator:
       gnb               gradient of the loss against sampled labels (paper, algorithm 2)
-      empirical_fisher  against the true labels, for comparison: it is cheap and biased
-      hutchinson        d * (H d), d = direction() standard normal, H the Hessian of the mean loss
-                        (paper, algorithm 1)
+      empirical_fisher  gradient of the loss against the true labels: biased, for comparison
+      hutchinson        d * (H d), d = direction(parameters) standard normal and H the Hessian of
+                        the mean loss (paper, algorithm 1)
+    The gradients are then clipped like those of training, as in the official code; Hutchinson's
+    estimate, which is none, is not.
     """
     x, y, noise = batch
     settings = cfg.batch_size, autocast, scaler

@@ -1,6 +1,5 @@
 """SophiaG against a float64 NumPy reference written from the paper's formula, and its interface."""
 import copy
-import math
 import warnings
 
 import numpy as np
@@ -334,7 +333,7 @@ def steered(rho, groups=1, **settings):
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("rho", [0.0002, 0.005, 0.05, 0.5, 5.0])
 def test_rho_steers_the_win_rate_to_its_target(rho, groups):
-    """Within 25 updates from far away, without passing it by more than a little."""
+    """Within 25 updates from far away, and never past it by more than chance."""
     params, optimizer = steered(rho, groups)
     rates = []
     for _ in range(25):
@@ -342,7 +341,7 @@ def test_rho_steers_the_win_rate_to_its_target(rho, groups):
         rates.append(optimizer.win_rate().item())
     assert rates[-1] == pytest.approx(0.3, abs=0.01)
     away = 1 if rates[0] > 0.3 else -1
-    assert all(away * (rate - 0.3) > -0.03 for rate in rates)
+    assert all(away * (rate - 0.3) > -0.01 for rate in rates)
     rhos = [group["rho"] for group in optimizer.param_groups]
     assert all(r == rhos[0] for r in rhos) and optimizer.statistics()["rho"] == rhos[0]
 
@@ -353,12 +352,12 @@ def test_steered_rho_follows_its_formula_and_stays_in_bounds():
     at_start = SophiaG(params, rho=0.05, bs=10)
     at_start.load_state_dict(optimizer.state_dict() | {"param_groups": at_start.state_dict()
                                                        ["param_groups"]})
-    wanted = 0.05 * math.exp(2 * (0.3 - at_start.win_rate()))
+    wanted = 0.05 * 0.3 / at_start.win_rate().item()
     assert optimizer.param_groups[0]["rho"] == pytest.approx(wanted, rel=1e-6)
     for target, start, bound in (1 - 1e-9, 90.0, 100.0), (1e-9, 2e-4, 1e-4):
         params, optimizer = steered(start, target_win_rate=target)
         for p in params:   # out of reach
-            p.grad.fill_(1e-20 if start > 1 else 1e20)
+            p.grad.fill_(1e-20 if start > 1 else 1e10)
         for _ in range(3):
             optimizer.update_hessian()
         assert optimizer.param_groups[0]["rho"] == pytest.approx(bound)

@@ -60,6 +60,19 @@ def test_one_and_two_ranks_give_the_same_losses(one_and_two_ranks, optimizer):
     assert abs(val[0]["val/loss_stderr"] - val[1]["val/loss_stderr"]) < 1e-5
 
 
+def test_steered_rho_and_hutchinsons_estimate_do_not_depend_on_ranks(tiny_data, tmp_path):
+    """Each rank steers rho by itself, from state that must be the same: else losses would part."""
+    for ranks in 1, 2:
+        train(tmp_path / str(ranks), tiny_data, ranks=ranks, max_iters=30, batch_size=2,
+              eval_interval=30, hessian_interval=3, hessian_estimator="hutchinson",
+              hessian_batch_size=6, target_win_rate=0.3, rho=0.01)
+    one, two = (records(tmp_path / ranks) for ranks in "12")
+    for key, tolerance in ("train/loss", 1e-5), ("train/rho", 1e-2), ("hessian_norm", 1e-4):
+        for a, b in zip(one, two):
+            assert a.get(key) == pytest.approx(b.get(key), rel=tolerance)
+    assert 0.2 < one[-1]["train/win_rate"] < 0.4
+
+
 def test_all_optimizers_start_from_the_same_weights(one_and_two_ranks):
     """The first evaluation and the first step's loss come before any update."""
     firsts = {(records(one_and_two_ranks / f"{name}-1", "val/loss")[0]["val/loss"],

@@ -38,8 +38,8 @@ from train import (
     MODEL_KNOBS,
     accumulate_gradients,
     clip_gradients,
+    estimate_hessian,
     next_token_loss,
-    sampled_label_loss,
 )
 
 
@@ -150,14 +150,19 @@ def passes(cfg, device, vocab_size, compile_model):
         with torch.no_grad(), autocast:
             model(x, targets=y)
 
-    def pass_of(targets, loss):
-        return lambda: accumulate_gradients(model, x, targets, loss, cfg.batch_size, autocast,
-                                            scaler)
+    def pass_of(loss):
+        return lambda: accumulate_gradients(model, x, y, loss, cfg.batch_size, autocast, scaler)
+
+    def direction(params):
+        return [torch.randn_like(p) for p in params]
+
+    def hessian():
+        estimate_hessian(model, model, (x, y, noise), direction, cfg, autocast, scaler)
 
     return model, {"forward": forward,
-                   "plain forward and backward": pass_of(y, plain_loss),
-                   "forward and backward": pass_of(y, next_token_loss),
-                   "hessian: forward and backward": pass_of(noise, sampled_label_loss)}
+                   "plain forward and backward": pass_of(plain_loss),
+                   "forward and backward": pass_of(next_token_loss),
+                   "hessian: forward and backward": hessian}
 
 
 def bench_step(cfg, device, repeat, vocab_size, data, compile_model, trace):
@@ -173,7 +178,7 @@ def bench_step(cfg, device, repeat, vocab_size, data, compile_model, trace):
                   "matmul": lambda: square @ square}
     has_hessian = hessian_due(cfg.hessian_interval, cfg)
     if has_hessian:
-        functions["hessian: update"] = optimizer.update_hessian
+        functions["hessian: update"] = lambda: optimizer.update_hessian(cfg.squares_gradient)
     else:
         del functions["hessian: forward and backward"]
     steps = iter(range(10**9))

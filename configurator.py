@@ -134,9 +134,14 @@ class TrainConfig:
     beta2: float | None = knob(None, "default: 0.99 sophiag, 0.95 adamw, 0.98 lion")
     grad_clip: float = knob(1.0, "largest gradient norm; 0: no clipping")
     rho: float = knob(0.05, "sophiag: clipping threshold; larger means larger win_rate")
+    target_win_rate: float = knob(0.0, "sophiag: win_rate that rho is steered to, from its setting "
+                                  "on; 0: rho stays")
+    hessian_estimator: str = knob("gnb", "sophiag: gnb | hutchinson (Sophia-H; rho 0.01 in the "
+                                  "paper) | empirical_fisher")
     hessian_interval: int = knob(10, "sophiag: steps between Hessian estimates, k")
     hessian_batch_size: int | None = knob(None, "sophiag: sequences in a Hessian estimate, over "
-                                          "all ranks (default: half of total_batch_size)")
+                                          "all ranks (default: half of total_batch_size; a 15th "
+                                          "for hutchinson)")
     # machine
     device: str = knob("auto", "auto | cuda | mps | cpu")
     dtype: str = knob("auto", "auto | float32 | bfloat16 | float16 (with a GradScaler)")
@@ -150,8 +155,12 @@ class TrainConfig:
 
     @property
     def tokens_per_hessian(self):
-        """B of the paper: labels behind one Hessian estimate."""
         return self.hessian_batch_size * self.block_size
+
+    @property
+    def squares_gradient(self):
+        """Whether h averages squares of a gradient or estimates of the Hessian diagonal itself."""
+        return self.hessian_estimator != "hutchinson"
 
     @property
     def data_dir(self):
@@ -281,15 +290,17 @@ def load_config(argv, world_size=1):
 def resolve(cfg, world_size=1):
     """Fill in what depends on other settings and reject what cannot work."""
     choices = dict(optimizer=tuple(OPTIMIZER_DEFAULTS), device=("auto", "cuda", "mps", "cpu"),
+                   hessian_estimator=("gnb", "hutchinson", "empirical_fisher"),
                    dtype=("auto", "float32", "bfloat16", "float16"),
                    compile=("auto", "True", "False"), backend=("auto", "nccl", "gloo"))
     for name, allowed in choices.items():
         value = getattr(cfg, name)
         if value not in allowed:
             raise UserError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+    hessian_share = cfg.total_batch_size / (2 if cfg.squares_gradient else 15)   # as in the paper
     derived = dict(OPTIMIZER_DEFAULTS[cfg.optimizer], min_lr=cfg.learning_rate / 10,
                    lr_decay_iters=cfg.max_iters,
-                   hessian_batch_size=math.ceil(cfg.total_batch_size / 2 / world_size) * world_size,
+                   hessian_batch_size=math.ceil(hessian_share / world_size) * world_size,
                    wandb_run_name=os.path.basename(os.path.normpath(cfg.out_dir)))
     cfg = dataclasses.replace(
         cfg, **{name: v for name, v in derived.items() if getattr(cfg, name) is None})
@@ -303,7 +314,7 @@ def resolve(cfg, world_size=1):
             raise UserError(f"{name} must not be negative, got {getattr(cfg, name)}")
     if cfg.seed >= 2**63:
         raise UserError(f"seed must be below 2**63, got {cfg.seed}")
-    for name in ("dropout", "beta1", "beta2"):
+    for name in ("dropout", "beta1", "beta2", "target_win_rate"):
         if not 0 <= getattr(cfg, name) < 1:
             raise UserError(f"{name} must be in [0, 1), got {getattr(cfg, name)}")
     if cfg.n_embd % cfg.n_head:

@@ -88,8 +88,8 @@ class DataLoader:
     """
     Batches for one rank.
 
-    train(step) and hessian(update) give (x, y) and (x, u) on the device: x, y int64, u float32, all
-    (sequences of this rank, block_size). Rank r of n gets the r-th n-th of the batch.
+    train(step) and hessian(update) give (x, y) and (x, y, u) on the device: x, y int64, u float32,
+    all (sequences of this rank, block_size). Rank r of n gets the r-th n-th of the batch.
     """
 
     def __init__(self, cfg, world):
@@ -142,16 +142,27 @@ class DataLoader:
 
     def hessian(self, update):
         """
-        x, u: the sequences of Hessian update number `update`, from 0, and a uniform number in
-        [0, 1) for each position, from which the model draws its label. The numbers depend on the
-        sample alone, hence differ between ranks and do not change with their count.
+        x, y, u: the sequences of Hessian update number `update`, from 0, their next tokens, and a
+        uniform number in [0, 1) for each position, from which the model draws its label. The
+        numbers depend on the sample alone, hence differ between ranks and do not change with their
+        count.
         """
         samples = self._samples(update, self.cfg.hessian_batch_size)
         starts = [self.start_of("hessian", i) for i in samples]
         noise = np.stack([np.random.default_rng([self.cfg.seed, len(STREAMS), i])
                           .random(self.cfg.block_size, dtype=np.float32) for i in samples])
-        x = self.tokens.windows(starts, self.cfg.block_size)
-        return self._to_device(x), self._to_device(noise)
+        data = self._to_device(self.tokens.windows(starts, self.cfg.block_size + 1))
+        return data[:, :-1], data[:, 1:], self._to_device(noise)
+
+    def direction(self, update, like):
+        """
+        Hutchinson's random vector of Hessian update number `update`: a standard normal tensor for
+        each tensor of `like`, the same on all ranks.
+        """
+        key = np.random.SeedSequence([self.cfg.seed, len(STREAMS) + 1, update]).generate_state(1)
+        generator = torch.Generator(self.world.device).manual_seed(int(key[0]))
+        return [torch.randn(t.shape, generator=generator, device=t.device, dtype=t.dtype)
+                for t in like]
 
     def val(self):
         """

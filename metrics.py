@@ -186,7 +186,8 @@ class Metrics:
 
     def _advise(self, step, win_rate):
         low, high = WIN_RATES
-        healthy = win_rate is None or low <= win_rate <= high or step <= self.cfg.warmup_iters
+        healthy = (win_rate is None or low <= win_rate <= high or step <= self.cfg.warmup_iters
+                   or self.cfg.target_win_rate > 0)   # rho is looked after
         self.unhealthy = 0 if healthy else self.unhealthy + 1
         if self.unhealthy == ADVISE_AFTER:
             how = f"below {low}: raise" if win_rate < low else f"above {high}: lower"

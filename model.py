@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from configurator import UserError
 
@@ -126,14 +127,28 @@ class GPT(nn.Module):
         self._hidden_for_loss = torch.compile(self._hidden, dynamic=False)
         self._loss_and_gradient = torch.compile(loss_and_gradient, dynamic=False)
 
-    @torch.no_grad()
     def token_losses(self, idx, targets):
-        """(B, T) float32 cross-entropy of each token, for evaluation."""
+        """(B, T) float32 cross-entropy of each token, for evaluation and second derivatives."""
         h = self._hidden(idx).flatten(0, 1)
         rows = rows_per_chunk(h)
         losses = [F.cross_entropy(F.linear(h_i, self.lm_head.weight).float(), y_i, reduction="none")
                   for h_i, y_i in zip(h.split(rows), targets.flatten().split(rows))]
         return torch.cat(losses).view(idx.shape)
+
+    def directional_derivative(self, idx, targets, direction):
+        """
+        Inner product, 0-dim, of the gradient of the mean cross-entropy and `direction`, a tensor
+        for each parameter. Its own gradient is the Hessian times direction. Flash attention and
+        HeadLoss cannot be differentiated twice: attention scores and logits are stored here.
+        """
+        with sdpa_kernel(SDPBackend.MATH):
+            losses = self.token_losses(idx, targets)
+        # Of the sum: in float16 those of the mean would underflow.
+        with torch.autocast(idx.device.type, enabled=False):
+            gradients = torch.autograd.grad(losses.sum(), list(self.parameters()),
+                                            create_graph=True)
+            products = [(g * d).sum() for g, d in zip(gradients, direction)]
+            return sum(products) / losses.numel()
 
     def _hidden(self, idx, caches=None, start=0):                                # (B, T, C)
         """Where there are caches, idx is one token at position `start`, or start is 0."""

@@ -33,8 +33,9 @@ def make_optimizer(cfg, model, fused):
     groups = parameter_groups(model, cfg.weight_decay)
     common = dict(lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2))
     if cfg.optimizer == "sophiag":
-        return SophiaG(groups, **common, rho=cfg.rho, bs=cfg.tokens_per_hessian,
-                       fused=fused)
+        return SophiaG(groups, **common, rho=cfg.rho, fused=fused,
+                       bs=cfg.tokens_per_hessian if cfg.squares_gradient else 1,
+                       target_win_rate=cfg.target_win_rate)
     if cfg.optimizer == "lion":
         return Lion(groups, **common, fused=fused)
     return torch.optim.AdamW(groups, **common, fused=True)
@@ -68,7 +69,8 @@ def statistics(optimizer):
     """
     if isinstance(optimizer, SophiaG):
         found = optimizer.statistics()
-        return {"train/win_rate": found.pop("win_rate"), **found}
+        return {f"train/{name}" if name in ("win_rate", "rho") else name: value
+                for name, value in found.items()}
     params = [p for group in optimizer.param_groups for p in group["params"]]
     exp_avgs = [state["exp_avg"] for state in optimizer.state.values()]
     return {name: torch.stack(torch._foreach_norm(tensors)).norm()

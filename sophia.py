@@ -10,6 +10,7 @@ import torch
 from torch.optim import Optimizer
 
 OFFICIAL_BS = 5120   # the official implementation's default, kept for those who never say
+LOWEST_RHO, HIGHEST_RHO, LARGEST_FACTOR = 1e-4, 1e2, 10.0   # where and how fast rho is steered
 
 
 def sophiag(theta, g, m, h, *, lr, beta1, rho_b, decay, skip=None):
@@ -21,21 +22,27 @@ def sophiag(theta, g, m, h, *, lr, beta1, rho_b, decay, skip=None):
         theta <- theta - lr clip(m / (rho B h + eps), 1)
 
     clip(x, 1) limits a coordinate to [-1, 1]; the same as sign(m) min(|m| / (...), 1) of the
-    official code, the denominator being positive. eps keeps it finite while h is zero. rho_b is
-    rho B and decay is 1 - lr lambda: a compiled loop would multiply them anew for every vector.
-    Settings are floats or 0-dim tensors. Where skip is 1, m stays, and theta too if lr is 0 and
-    decay 1.
+    official code, the denominator being positive. eps keeps it finite while h is zero; a negative
+    h, which Hutchinson's estimator can give, counts as zero, as in the paper: max(rho h, eps).
+    rho_b is rho B and decay is 1 - lr lambda: a compiled loop would multiply them anew for every
+    vector. Settings are floats or 0-dim tensors. Where skip is 1, m stays, and theta too if lr is
+    0 and decay 1.
     """
     g = g if skip is None else torch.where(skip > 0, m, g)
     m.add_((g - m).mul_(1 - beta1))
-    bound = (h * rho_b).add_(1e-15)
+    bound = (h * rho_b).clamp_(min=0).add_(1e-15)   # Hutchinson's h may be negative
     theta.mul_(decay).sub_((m / bound).clamp_(-1, 1).mul_(lr))
 
 
-def update_hessian(h, g, *, beta2, skip=None):
+def average_hessian(h, estimate, *, beta2, skip=None):
+    """h <- beta2 h + (1 - beta2) estimate, in place; not where skip is 1."""
+    estimate = estimate if skip is None else torch.where(skip > 0, h, estimate)
+    h.add_((estimate - h).mul_(1 - beta2))
+
+
+def update_hessian(h, g, **settings):
     """h <- beta2 h + (1 - beta2) g g, in place; not where skip is 1."""
-    square = g * g if skip is None else torch.where(skip > 0, h, g * g)
-    h.add_((square - h).mul_(1 - beta2))
+    average_hessian(h, g * g, **settings)
 
 
 def statistics(theta, m, h, *, rho_b):
@@ -98,7 +105,8 @@ class SophiaG(Optimizer):
             step, weight decay aside.
         betas: decay of exp_avg, the EMA m of gradients, and of hessian, the EMA h of squared
             sampled-label gradients.
-        rho: clipping threshold. Larger rho clips fewer coordinates (see `win_rate`).
+        rho: clipping threshold. Larger rho clips fewer coordinates (see `win_rate`). With a
+            target_win_rate, where it starts.
         weight_decay: decoupled, as in AdamW.
         bs (int): B, the number of labels (tokens, for a language model) behind each gradient
             given to `update_hessian`, summed over ranks and micro-batches. `step(bs=...)`
@@ -108,6 +116,12 @@ class SophiaG(Optimizer):
             that a step can be captured in a CUDA graph (with lr a tensor, it can change there).
         fused: True runs each update as one pass over memory, compiled by torch.compile in seconds,
             once for all sizes; None does so on CUDA where Triton is installed; False never.
+        target_win_rate (float): None or 0 leaves rho as it is. Otherwise each `update_hessian`
+            makes rho, a tensor in the parameter groups then,
+                rho <- rho target_win_rate / win_rate
+            by a factor of at most 10 and within 1e-4 and 100. Where small m are the most frequent,
+            win_rate grows at most as fast as rho, so that this cannot pass the target by. Needs bs.
+            A loaded state_dict brings its rho; whether that is steered is for the constructor.
 
     State of a parameter: `step`, `exp_avg`, `hessian`. A state_dict of the official class loads.
     There is no bias correction; until the first `update_hessian` h is zero and a step is
@@ -125,7 +139,7 @@ class SophiaG(Optimizer):
     found_inf = None
 
     def __init__(self, params, lr=1e-4, betas=(0.965, 0.99), rho=0.04, weight_decay=1e-1, *,
-                 bs=None, maximize=False, capturable=False, fused=None):
+                 bs=None, maximize=False, capturable=False, fused=None, target_win_rate=None):
         if not lr >= 0.0:
             raise ValueError(f"Invalid learning rate: {lr}")
         for i, beta in enumerate(betas):
@@ -137,9 +151,12 @@ class SophiaG(Optimizer):
             raise ValueError(f"Invalid weight_decay value: {weight_decay}")
         if bs is not None and not bs > 0:
             raise ValueError(f"Invalid bs (labels in a Hessian batch): {bs}")
+        if target_win_rate and not (0.0 < target_win_rate < 1.0 and bs is not None):
+            raise ValueError(f"Invalid target_win_rate: {target_win_rate}; it must be below 1 and "
+                             f"needs bs, which is {bs}")
         super().__init__(params, dict(lr=lr, betas=betas, rho=rho, weight_decay=weight_decay,
                                       bs=bs, maximize=maximize, capturable=capturable,
-                                      fused=fused))
+                                      fused=fused, target_win_rate=target_win_rate))
 
     def __setstate__(self, state):
         super().__setstate__(state)
@@ -148,6 +165,7 @@ class SophiaG(Optimizer):
             group.setdefault("maximize", False)
             group.setdefault("capturable", False)
             group["fused"] = self.defaults.get("fused")       # belongs to the machine, not the run
+            group["target_win_rate"] = self.defaults.get("target_win_rate")
         for p, s in self.state.items():
             if not torch.is_tensor(s["step"]):
                 s["step"] = torch.tensor(float(s["step"]))
@@ -180,6 +198,13 @@ class SophiaG(Optimizer):
             return has_triton() and all(p.is_cuda for p in group["params"])
         return group["fused"]
 
+    def _rho(self, group):
+        """The group's rho; where it is steered, a tensor beside the parameters, made here once."""
+        if group["target_win_rate"]:
+            group["rho"] = torch.as_tensor(group["rho"], dtype=torch.float32,
+                                           device=group["params"][0].device)
+        return group["rho"]
+
     def _bs(self, group, bs):
         bs = group["bs"] if bs is None else bs
         if bs is not None:
@@ -210,24 +235,36 @@ class SophiaG(Optimizer):
             if self.found_inf is not None:
                 lr, skip = lr * (1 - self.found_inf), {"skip": self.found_inf}
             apply(sophiag, self._fused(group), params, grads, exp_avgs, hessians, lr=lr,
-                  beta1=group["betas"][0], rho_b=group["rho"] * self._bs(group, bs),
+                  beta1=group["betas"][0], rho_b=self._rho(group) * self._bs(group, bs),
                   decay=1 - lr * group["weight_decay"], **skip)
         return loss
 
     @torch.no_grad()
-    def update_hessian(self):
+    def update_hessian(self, square=True):
         """
         h <- beta2 h + (1 - beta2) g*g, where the gradients now in .grad must be those of the mean
         cross-entropy against labels drawn from the model's own softmax (GNB, paper section 2.3).
         B g*g then estimates the Gauss-Newton diagonal without bias; B enters in `step`.
+        Without square, h <- beta2 h + (1 - beta2) .grad, which must be an estimate of the Hessian
+        diagonal itself, such as Hutchinson's (Sophia-H, paper algorithm 1); B is 1 then.
+        Then steers rho, if there is a target_win_rate.
         """
         self._hessian_in_use = True
+        rule = update_hessian if square else average_hessian
         skip = {} if self.found_inf is None else {"skip": self.found_inf}
         for group in self.param_groups:
             _, grads, _, hessians, _ = self._tensors(group)
             if grads:
-                apply(update_hessian, self._fused(group), hessians, grads,
-                      beta2=group["betas"][1], **skip)
+                apply(rule, self._fused(group), hessians, grads, beta2=group["betas"][1], **skip)
+        target = self.defaults.get("target_win_rate")
+        if target and self.state:
+            factor = target / self.statistics()["win_rate"]
+            factor = factor.clamp(1 / LARGEST_FACTOR, LARGEST_FACTOR)
+            if self.found_inf is not None:
+                factor = factor ** (1 - self.found_inf)
+            for group in self.param_groups:
+                if group["params"]:
+                    self._rho(group).mul_(factor).clamp_(LOWEST_RHO, HIGHEST_RHO)
 
     @torch.no_grad()
     def statistics(self, bs=None):
@@ -238,6 +275,7 @@ class SophiaG(Optimizer):
             rho gives a larger win_rate; healthy runs stay within 0.1 and 0.5 after an early peak.
             Some articles call it the clipped proportion, which is 1 - win_rate.
           param_norm, momentum_norm, hessian_norm: of theta, m and h.
+          rho: as it now is, where target_win_rate steers it.
         """
         rows, total = [], 0
         for group in self.param_groups:
@@ -246,13 +284,16 @@ class SophiaG(Optimizer):
             if params:
                 rows += apply(statistics, self._fused(group), params,
                               [s["exp_avg"] for s in states], [s["hessian"] for s in states],
-                              unroll=False, rho_b=group["rho"] * self._bs(group, bs))
+                              unroll=False, rho_b=self._rho(group) * self._bs(group, bs))
                 total += sum(p.numel() for p in params)
         if not rows:
             return {}
         wins, *squares = torch.stack(rows).sum(0)
         names = "param_norm", "momentum_norm", "hessian_norm"
-        return {"win_rate": wins / total, **dict(zip(names, (s.sqrt() for s in squares)))}
+        found = {"win_rate": wins / total, **dict(zip(names, (s.sqrt() for s in squares)))}
+        if self.defaults.get("target_win_rate"):
+            found["rho"] = self.param_groups[0]["rho"].clone()
+        return found
 
     def win_rate(self, bs=None):
         """The win_rate of `statistics`, or None before the first step."""

@@ -12,6 +12,7 @@ import math
 import os
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from textwrap import shorten
 
 import torch
@@ -20,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import checkpoint
 import ddp
 import pretrained
-from configurator import UserError, load_config, run_script
+from configurator import FIELDS, UserError, load_config, run_script
 from dataloader import DataLoader
 from metrics import Metrics, peak_flops
 from model import GPT, GPTConfig
@@ -29,7 +30,8 @@ from tokenizer import get_tokenizer
 
 MODEL_KNOBS = ("n_layer", "n_head", "n_embd", "bias", "scale_attn_by_inverse_layer_idx")
 # A resumed run with another of these would be another run.
-FIXED_KNOBS = (*MODEL_KNOBS, "block_size", "optimizer", "seed", "total_batch_size")
+FIXED_KNOBS = (*MODEL_KNOBS, "block_size", "optimizer", "hessian_estimator", "seed",
+               "total_batch_size")
 
 
 def next_token_loss(model, x, y):
@@ -58,6 +60,31 @@ def accumulate_gradients(model, x, y, loss_fn, batch_size, autocast, scaler):
             scaler.scale(loss).backward()
         mean_loss += loss.detach()
     return mean_loss
+
+
+def estimate_hessian(model, raw_model, batch, direction, cfg, autocast, scaler):
+    """
+    Leave in .grad what the optimizer's update_hessian takes, from a batch (x, y, noise) and all
+    ranks, times the scaler's scale. By cfg.hessian_estimator:
+      gnb               gradient of the loss against sampled labels (paper, algorithm 2)
+      empirical_fisher  gradient of the loss against the true labels: biased, for comparison
+      hutchinson        d * (H d), d = direction(parameters) standard normal and H the Hessian of
+                        the mean loss (paper, algorithm 1)
+    The gradients are then clipped like those of training, as in the official code; Hutchinson's
+    estimate, which is none, is not.
+    """
+    x, y, noise = batch
+    settings = cfg.batch_size, autocast, scaler
+    if cfg.hessian_estimator == "gnb":
+        accumulate_gradients(model, x, noise, sampled_label_loss, *settings)
+    elif cfg.hessian_estimator == "empirical_fisher":
+        accumulate_gradients(model, x, y, next_token_loss, *settings)
+    else:   # not through DDP, which takes part in first derivatives alone
+        d = direction(raw_model.parameters())
+        accumulate_gradients(raw_model, x, y, lambda model, x, y:
+                             model.directional_derivative(x, y, d), *settings)
+        for p, d_p in zip(raw_model.parameters(), d):
+            ddp.mean(p.grad.mul_(d_p))
 
 
 def clip_gradients(model, optimizer, scaler, grad_clip):
@@ -107,7 +134,8 @@ def find_start(cfg, data):
             if cfg.init_from not in ("resume", "auto") and start["config"] != asdict(cfg):
                 checkpoint.check_unused(cfg.out_dir)   # another run, as it was at the first try
             for name in FIXED_KNOBS:
-                then, now = start["config"].get(name), getattr(cfg, name)
+                then = start["config"].get(name, FIELDS[name].default)   # an older checkpoint's
+                now = getattr(cfg, name)
                 if then != now:
                     raise UserError(f"{path} was made with {name}={then}, not {now}; choose "
                                     f"another --out_dir")
@@ -265,12 +293,13 @@ def train(cfg, world):
             scaler.update()
 
             if hessian_due(step, cfg):
-                x, noise = data.hessian(step // cfg.hessian_interval - 1)
-                accumulate_gradients(model, x, noise, sampled_label_loss, cfg.batch_size, autocast,
-                                     scaler)
-                norm = clip_gradients(raw_model, optimizer, scaler, cfg.grad_clip)
+                update = step // cfg.hessian_interval - 1
+                estimate_hessian(model, raw_model, data.hessian(update),
+                                 partial(data.direction, update), cfg, autocast, scaler)
+                norm = clip_gradients(raw_model, optimizer, scaler,
+                                      cfg.grad_clip if cfg.squares_gradient else 0)
                 optimizer.found_inf = metrics.skip_if_not_finite(norm)
-                optimizer.update_hessian()
+                optimizer.update_hessian(square=cfg.squares_gradient)
                 scaler.update()
 
             if step % cfg.log_interval == 0:

@@ -19,7 +19,8 @@ SHARED = dict(dataset="openwebtext", block_size=1024, total_batch_size=480, toke
               max_iters=100_000, lr_decay_iters=100_000, warmup_iters=2000, decay_lr=True,
               grad_clip=1.0, dropout=0.0, bias=False, scale_attn_by_inverse_layer_idx=True)
 OWN = {"out_dir", "wandb_run_name", "optimizer", "learning_rate", "min_lr", "weight_decay", "beta1",
-       "beta2", "rho", "hessian_interval", "hessian_batch_size"}   # knobs that runs differ in
+       "beta2", "rho", "target_win_rate", "hessian_estimator", "hessian_interval",
+       "hessian_batch_size"}   # knobs that runs differ in
 
 
 def write(tmp_path, text, name="config.py"):
@@ -147,7 +148,9 @@ def test_flags_are_never_evaluated(tmp_path):
     ("--optimizer=sgd", "sgd sophiag adamw lion"), ("--dtype=float64", "dtype float64 bfloat16"),
     ("--device=tpu", "device tpu cuda"), ("--backend=mpi", "backend mpi gloo"),
     ("--compile=maybe", "compile maybe"), ("--dropout=1", "dropout"), ("--beta1=1", "beta1"),
-    ("--beta2=-0.1", "beta2"),
+    ("--beta2=-0.1", "beta2"), ("--target_win_rate=1", "target_win_rate"),
+    ("--target_win_rate=-0.1", "target_win_rate"),
+    ("--hessian_estimator=fisher", "hessian_estimator gnb hutchinson empirical_fisher fisher"),
     *((f"--{name}=0", f"{name} 1") for name in
       ("hessian_batch_size", "hessian_interval", "batch_size", "total_batch_size", "block_size",
        "log_interval", "eval_interval", "n_layer", "n_head", "n_embd")),
@@ -169,6 +172,14 @@ def test_hessian_batch_is_half_rounded_up_to_the_ranks(total, micro, ranks, want
                       ranks)
     assert cfg.hessian_batch_size == wanted
     assert cfg.tokens_per_hessian == wanted * 64 and cfg.tokens_per_step == total * 64
+
+
+@pytest.mark.parametrize("total, ranks, wanted", [(480, 1, 32), (480, 24, 48), (8, 1, 1),
+                                                  (16, 2, 2)])
+def test_hutchinson_takes_a_fifteenth_rounded_up_to_the_ranks(total, ranks, wanted):
+    cfg = load_config([f"--total_batch_size={total}", "--batch_size=1",
+                       "--hessian_estimator=hutchinson"], ranks)
+    assert cfg.hessian_batch_size == wanted
 
 
 @pytest.mark.parametrize("optimizer, beta1, beta2, weight_decay", [

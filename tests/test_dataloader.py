@@ -48,7 +48,8 @@ def test_an_epoch_reads_every_window_once(positions, stream):
         assert 0 <= phase < T
         assert sorted(epoch) == list(range(phase, phase + 125 * T, T))   # no gap, no overlap
         assert epoch != sorted(epoch)
-    for x, y in [loader(positions).train(3), *loader(positions).val()]:
+    for x, y in [loader(positions).train(3), loader(positions).hessian(3)[:2],
+                 *loader(positions).val()]:
         assert x.dtype == y.dtype == torch.int64
         assert torch.equal(x, x[:, :1] + torch.arange(T)) and torch.equal(y, x + 1)
 
@@ -85,14 +86,14 @@ def test_ranks_share_a_batch(positions, size):
     for stream in "train", "hessian":
         for step in 0, 10, 11:   # the tenth batch of 12 crosses into the second epoch of 125
             parts = [getattr(rank, stream)(step) for rank in ranks]
-            assert {len(x) for x, _ in parts} == {12 // size}
+            assert {len(x) for x, *_ in parts} == {12 // size}
             for one, many in zip(getattr(whole, stream)(step), zip(*parts)):
                 assert torch.equal(one, torch.cat(many))
 
 
 def test_hessian_noise_is_uniform_and_drawn_anew_for_each_sample(positions):
     batches = loader(positions)
-    noise = torch.cat([batches.hessian(update)[1] for update in range(256)])
+    noise = torch.cat([batches.hessian(update)[2] for update in range(256)])
     assert noise.dtype == torch.float32 and noise.shape == (2048, T)
     assert noise.min() >= 0 and noise.max() < 1
     counts, _ = np.histogram(noise.numpy(), bins=64, range=(0, 1))
@@ -103,8 +104,21 @@ def test_hessian_noise_is_uniform_and_drawn_anew_for_each_sample(positions):
         correlation = 12 * (deviations[:-shift] * deviations[shift:]).mean()
         assert abs(correlation) < 5 / np.sqrt(noise.numel())
     assert len(torch.unique(noise, dim=0)) == 2048
-    other = loader(positions, seed=1).hessian(0)[1]
-    assert not torch.isin(other, batches.hessian(0)[1]).any()
+    other = loader(positions, seed=1).hessian(0)[2]
+    assert not torch.isin(other, batches.hessian(0)[2]).any()
+
+
+def test_hutchinsons_direction_depends_on_seed_and_update_alone(positions):
+    """And not on the rank: H u of the ranks' batches is averaged, and must be of one u."""
+    like = [torch.zeros(300, 4), torch.zeros(2000, dtype=torch.float64)]
+    found = [loader(positions, rank, 2, seed=seed).direction(update, like)
+             for rank, seed, update in ((0, 5, 3), (1, 5, 3), (0, 5, 4), (0, 6, 3))]
+    assert [(d.shape, d.dtype) for d in found[0]] == [(t.shape, t.dtype) for t in like]
+    one, same, *others = (torch.cat([d.flatten().double() for d in ds]) for ds in found)
+    assert torch.equal(one, same)
+    assert abs(one.mean()) < 0.1 and abs(one.square().mean() - 1) < 0.15
+    for other in others:
+        assert abs((one * other).mean()) < 0.1
 
 
 def val_starts(data, size=1, **settings):

@@ -37,6 +37,9 @@ def test_optimizer_by_name_with_its_published_settings(name, kind, betas, decay)
     assert group["betas"] == betas and group["weight_decay"] == decay and group["lr"] == 6e-4
     if name == "sophiag":   # B is tokens of the Hessian batch, which is half the batch
         assert group["bs"] == 240 * 1024 and group["rho"] == 0.05
+        other = config("--hessian_estimator=hutchinson", "--target_win_rate=0.3")
+        group = make_optimizer(other, GPT(SMALL), fused=False).param_groups[0]
+        assert group["bs"] == 1 and group["target_win_rate"] == 0.3
 
 
 def test_schedule_warms_up_decays_and_stays():

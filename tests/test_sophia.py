@@ -285,7 +285,9 @@ def test_sparse_and_complex_are_refused():
 
 
 @pytest.mark.parametrize("bad", [{"lr": -1}, {"betas": (1.0, 0.9)}, {"rho": -0.1},
-                                 {"weight_decay": -1}, {"bs": 0}])
+                                 {"weight_decay": -1}, {"bs": 0},
+                                 {"target_win_rate": 1.0, "bs": 1}, {"target_win_rate": 0.3},
+                                 {"target_win_rate": -0.1, "bs": 1}])
 def test_impossible_settings_are_refused(bad):
     with pytest.raises(ValueError, match="Invalid"):
         SophiaG([torch.nn.Parameter(torch.ones(1))], **bad)
@@ -310,3 +312,99 @@ def test_found_inf_skips_a_step_and_a_hessian_update(fused):
                                                     optimizer.state[p]["hessian"])])
     for a, b in zip(*results):
         assert a.isfinite().all() and torch.equal(a, b)
+
+
+def steered(rho, groups=1, **settings):
+    """A SophiaG that steers rho to 0.3, and its parameters, in `groups` groups: m and h are given,
+    so that ratios |m| / h are spread over some orders of magnitude."""
+    rng = torch.Generator().manual_seed(0)
+    params = [torch.nn.Parameter(torch.zeros(1000)) for _ in range(2)]
+    size = len(params) // groups
+    optimizer = SophiaG([{"params": params[i:i + size]} for i in range(0, 2, size)], rho=rho,
+                        **{"bs": 10, "target_win_rate": 0.3, "betas": (0.9, 0.0), **settings})
+    for p in params:
+        p.grad = torch.randn(1000, generator=rng)
+    optimizer.step()
+    for p in params:
+        p.grad = torch.randn(1000, generator=rng).mul_(1.5).exp_()
+    return params, optimizer
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("rho", [0.0002, 0.005, 0.05, 0.5, 5.0])
+def test_rho_steers_the_win_rate_to_its_target(rho, groups):
+    """Within 25 updates from far away, and never past it by more than chance."""
+    params, optimizer = steered(rho, groups)
+    rates = []
+    for _ in range(25):
+        optimizer.update_hessian()
+        rates.append(optimizer.win_rate().item())
+    assert rates[-1] == pytest.approx(0.3, abs=0.01)
+    away = 1 if rates[0] > 0.3 else -1
+    assert all(away * (rate - 0.3) > -0.01 for rate in rates)
+    rhos = [group["rho"] for group in optimizer.param_groups]
+    assert all(r == rhos[0] for r in rhos) and optimizer.statistics()["rho"] == rhos[0]
+
+
+def test_steered_rho_follows_its_formula_and_stays_in_bounds():
+    params, optimizer = steered(0.05)
+    optimizer.update_hessian()
+    at_start = SophiaG(params, rho=0.05, bs=10)
+    at_start.load_state_dict(optimizer.state_dict() | {"param_groups": at_start.state_dict()
+                                                       ["param_groups"]})
+    wanted = 0.05 * 0.3 / at_start.win_rate().item()
+    assert optimizer.param_groups[0]["rho"] == pytest.approx(wanted, rel=1e-6)
+    for target, start, bound in (1 - 1e-9, 90.0, 100.0), (1e-9, 2e-4, 1e-4):
+        params, optimizer = steered(start, target_win_rate=target)
+        for p in params:   # out of reach
+            p.grad.fill_(1e-20 if start > 1 else 1e10)
+        for _ in range(3):
+            optimizer.update_hessian()
+        assert optimizer.param_groups[0]["rho"] == pytest.approx(bound)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_skipped_hessian_update_leaves_rho_alone(fused):
+    _, optimizer = steered(0.05, fused=fused)
+    optimizer.update_hessian()
+    before = optimizer.param_groups[0]["rho"].item()
+    optimizer.found_inf = torch.tensor(1.0)
+    optimizer.update_hessian()
+    assert optimizer.param_groups[0]["rho"].item() == before
+    optimizer.found_inf = torch.tensor(0.0)
+    optimizer.update_hessian()
+    assert optimizer.param_groups[0]["rho"].item() != before
+
+
+def test_the_constructor_says_whether_a_loaded_rho_is_steered():
+    params, optimizer = steered(0.05)
+    optimizer.update_hessian()
+    saved = copy.deepcopy(optimizer.state_dict())
+    rho = optimizer.param_groups[0]["rho"].item()
+    fixed = SophiaG(params, rho=7.0, bs=10)
+    fixed.load_state_dict(saved)
+    again = SophiaG(params, rho=7.0, bs=10, target_win_rate=0.3)
+    again.load_state_dict(saved)
+    from_fixed = SophiaG(params, rho=7.0, bs=10, target_win_rate=0.3)
+    from_fixed.load_state_dict(SophiaG(params, rho=rho, bs=10).state_dict() | {
+        "state": saved["state"]})
+    for other in fixed, again, from_fixed:
+        assert other.param_groups[0]["rho"] == pytest.approx(rho, rel=1e-7)
+        other.update_hessian()
+    optimizer.update_hessian()
+    assert fixed.param_groups[0]["rho"] == rho and "rho" not in fixed.statistics()
+    assert again.param_groups[0]["rho"] == optimizer.param_groups[0]["rho"] != rho
+    assert from_fixed.param_groups[0]["rho"] == optimizer.param_groups[0]["rho"]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_estimate_that_is_not_squared_may_be_negative_and_counts_as_zero_then(fused):
+    p = torch.nn.Parameter(torch.zeros(4))
+    optimizer = SophiaG([p], lr=0.1, betas=(0.0, 0.5), rho=0.5, bs=1, weight_decay=0.0, fused=fused)
+    p.grad = torch.tensor([4.0, -4.0, -4.0, 0.0])
+    optimizer.update_hessian(square=False)
+    assert optimizer.state[p]["hessian"].tolist() == [2.0, -2.0, -2.0, 0.0]
+    p.grad = torch.tensor([0.5, 0.5, -1e-6, 3.0])   # the bound is 1, then nothing
+    optimizer.step()
+    torch.testing.assert_close(p.detach(), torch.tensor([-0.05, -0.1, 0.1, -0.1]))
+    assert optimizer.win_rate() == 0.25

@@ -4,13 +4,16 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, TINY, command, environment, flags, records, run, train, write_data
-from gnb_estimates import build
+from hessian_estimates import build
 from test_model import exact_gauss_newton_diagonal
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import checkpoint
 import lion
@@ -77,6 +80,19 @@ def test_one_and_two_ranks_give_the_same_losses(one_and_two_ranks, optimizer):
     assert abs(val[0]["val/loss_stderr"] - val[1]["val/loss_stderr"]) < 1e-5
 
 
+def test_steered_rho_and_hutchinsons_estimate_do_not_depend_on_ranks(tiny_data, tmp_path):
+    """Each rank steers rho by itself, from state that must be the same: else losses would part."""
+    for ranks in 1, 2:
+        train(tmp_path / str(ranks), tiny_data, ranks=ranks, max_iters=30, batch_size=2,
+              eval_interval=30, hessian_interval=3, hessian_estimator="hutchinson",
+              hessian_batch_size=6, target_win_rate=0.3, rho=0.01)
+    one, two = (records(tmp_path / ranks) for ranks in "12")
+    for key, tolerance in ("train/loss", 1e-5), ("train/rho", 1e-2), ("hessian_norm", 1e-4):
+        for a, b in zip(one, two):
+            assert a.get(key) == pytest.approx(b.get(key), rel=tolerance)
+    assert 0.2 < one[-1]["train/win_rate"] < 0.4
+
+
 def test_all_optimizers_start_from_the_same_weights(one_and_two_ranks):
     """The first evaluation and the first step's loss come before any update."""
     firsts = {(records(one_and_two_ranks / f"{name}-1", "val/loss")[0]["val/loss"],
@@ -93,8 +109,9 @@ def gnb(tmp_path_factory):
     found = {}
     for name, ranks in ("one", 1), ("two", 2), ("shared", 2):
         out = folder / f"{name}.npz"
-        done = run("tests/gnb_estimates.py", data, out, 800, *(["shared"] * (name == "shared")),
-                   ranks=ranks, PYTHONPATH=str(ROOT))
+        shared = ["shared"] * (name == "shared")
+        done = run("tests/hessian_estimates.py", "gnb", data, out, 800, *shared, ranks=ranks,
+                   PYTHONPATH=str(ROOT))
         assert done.returncode == 0, done.stderr
         found[name] = dict(np.load(out))
     exact = exact_gauss_newton_diagonal(build(), torch.full((1, 4), 7))
@@ -121,6 +138,58 @@ def test_estimates_with_one_and_two_ranks_are_the_same_and_shared_noise_doubles_
     assert abs(found["shared"]["mean"].sum() / exact.sum() / 2 - 1) < 0.1
 
 
+def exact_hessian_diagonal(model, idx, targets):
+    """Of the mean cross-entropy, by autograd, a row of the matrix at a time."""
+    params = list(model.parameters())
+    with sdpa_kernel(SDPBackend.MATH):
+        loss = F.cross_entropy(model(idx).flatten(0, 1), targets.flatten())
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, params,
+                                                                   create_graph=True)])
+    rows = (torch.autograd.grad(g, params, retain_graph=True) for g in gradient)
+    return torch.stack([torch.cat([t.flatten() for t in row])[i] for i, row in enumerate(rows)])
+
+
+@pytest.fixture(scope="module")
+def other_estimates(tmp_path_factory):
+    """{(estimator, ranks): mean and error} of hutchinson and empirical_fisher, on data as above."""
+    folder = tmp_path_factory.mktemp("estimates")
+    data = write_data(folder / "constant", [7] * 400, [7] * 100, vocab_size=64)
+    found = {}
+    for estimator, ranks in product(("hutchinson", "empirical_fisher"), (1, 2)):
+        out = folder / f"{estimator}{ranks}.npz"
+        done = run("tests/hessian_estimates.py", estimator, data, out,
+                   600 if estimator == "hutchinson" else 2, ranks=ranks, PYTHONPATH=str(ROOT))
+        assert done.returncode == 0, done.stderr
+        found[estimator, ranks] = dict(np.load(out))
+    return found
+
+
+def test_hutchinson_estimate_is_unbiased(other_estimates):
+    """z-scores of all coordinates are those of chance; h may be negative, as the diagonal is."""
+    sevens = torch.full((1, 4), 7)
+    exact = exact_hessian_diagonal(build().double(), sevens, sevens).numpy()
+    found = other_estimates["hutchinson", 1]
+    z = ((found["mean"] - exact) / np.maximum(found["error"], 1e-9))
+    assert (exact < -exact.max() * 1e-3).sum() > 30
+    assert np.abs(z).max() < 6 and abs(z.mean()) < 0.2 and 0.8 < z.std() < 1.2
+    assert abs(found["mean"].sum() / exact.sum() - 1) < 0.2
+
+
+def test_empirical_fisher_squares_the_gradient_of_the_true_labels(other_estimates):
+    model, sevens = build(), torch.full((4, 4), 7)
+    model(sevens, targets=sevens).backward()
+    g = torch.cat([p.grad.flatten() for p in model.parameters()]).double().numpy()
+    for ranks in 1, 2:
+        mean = other_estimates["empirical_fisher", ranks]["mean"]
+        np.testing.assert_allclose(mean, 16 * g * g, rtol=1e-4, atol=1e-6 * (16 * g * g).max())
+
+
+@pytest.mark.parametrize("estimator", ["hutchinson", "empirical_fisher"])
+def test_other_estimates_do_not_depend_on_ranks(other_estimates, estimator):
+    one, two = (other_estimates[estimator, ranks]["mean"] for ranks in (1, 2))
+    assert np.linalg.norm(one - two) < 1e-6 * np.linalg.norm(one)
+
+
 # ---------------------------------------------------------------- stop and resume
 
 def start(out_dir, data, ranks=1, **settings):
@@ -142,9 +211,8 @@ def read_until(process, text):
 RESUMED = dict(dropout=0.1, log_interval=3, eval_interval=10, grad_clip=0.5, batch_size=1)
 
 
-def interrupted(out_dir, data, optimizer, how):
+def interrupted(out_dir, data, settings, how):
     """Stop a run at step 20 of 40 and resume it; returns the output of the second part."""
-    settings = {**RESUMED, "optimizer": optimizer}
     process = start(out_dir, data, **settings)
     if how == "TERM":
         read_until(process, "step 18/")
@@ -158,11 +226,17 @@ def interrupted(out_dir, data, optimizer, how):
     return train(out_dir, data, init_from="resume", **settings)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(tiny_data, tmp_path, optimizer):
+@pytest.mark.parametrize("knobs", [
+    dict(optimizer="sophiag"), dict(optimizer="adamw"), dict(optimizer="lion"),
+    dict(target_win_rate=0.3, hessian_interval=3),
+    dict(hessian_estimator="hutchinson", target_win_rate=0.3, hessian_interval=3),
+    dict(hessian_estimator="empirical_fisher", hessian_interval=3)],
+    ids=lambda knobs: "-".join(map(str, knobs.values())))
+def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(tiny_data, tmp_path, knobs):
+    settings = {**RESUMED, **knobs}
     with ThreadPoolExecutor(2) as pool:
-        whole = pool.submit(train, tmp_path / "whole", tiny_data, optimizer=optimizer, **RESUMED)
-        ways = {how: pool.submit(interrupted, tmp_path / how, tiny_data, optimizer, how)
+        whole = pool.submit(train, tmp_path / "whole", tiny_data, **settings)
+        ways = {how: pool.submit(interrupted, tmp_path / how, tiny_data, settings, how)
                 for how in ("TERM", "KILL")}
     whole.result()
     wanted = all_records(tmp_path / "whole")
@@ -177,6 +251,9 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(tiny_data, tmp_pat
         for i, state in final["optimizer"]["state"].items():
             for key, tensor in state.items():
                 assert torch.equal(tensor, resumed["optimizer"]["state"][i][key]), key
+    if "target_win_rate" in knobs:   # in the records, which are equal
+        rhos = [r["train/rho"] for r in wanted if "train/rho" in r]
+        assert len(set(rhos)) == len(rhos) == 13
 
 
 def test_two_ranks_stop_after_the_same_step_and_resume(tiny_data, tmp_path):

@@ -1,11 +1,13 @@
 """
-Many Gauss-Newton-Bartlett estimates by the trainer's own code, for test_train.py; under torchrun
+Many estimates of the Hessian diagonal by the trainer's own code, for test_train.py; under torchrun
 with any number of ranks.
 
-    gnb_estimates.py DATA OUT.npz ESTIMATES [shared]    # shared: all ranks get rank 0's noise
+    hessian_estimates.py ESTIMATOR DATA OUT.npz ESTIMATES [shared]
+                                                # shared: all ranks get rank 0's noise
 """
 import sys
 from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,7 +17,7 @@ import ddp
 from configurator import load_config
 from dataloader import DataLoader
 from model import GPT, GPTConfig
-from train import accumulate_gradients, sampled_label_loss
+from train import estimate_hessian
 
 TINY = GPTConfig(vocab_size=64, block_size=4, n_layer=1, n_head=2, n_embd=8)   # no padded class
 
@@ -28,9 +30,10 @@ def build():
     return model
 
 
-def main(data_dir, out, estimates, shared):
+def main(estimator, data_dir, out, estimates, shared):
     cfg = load_config([f"--dataset={data_dir}", "--block_size=4", "--batch_size=1",
-                       "--total_batch_size=4", "--hessian_batch_size=4"], ddp.world_size())
+                       "--total_batch_size=4", "--hessian_batch_size=4",
+                       f"--hessian_estimator={estimator}"], ddp.world_size())
     world = ddp.join("cpu")
     data = DataLoader(cfg, ddp.World(0, world.size, world.device) if shared else world)
     raw_model = build()
@@ -38,11 +41,11 @@ def main(data_dir, out, estimates, shared):
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     total = squares = 0
     for update in range(estimates):
-        x, noise = data.hessian(update)
-        accumulate_gradients(model, x, noise, sampled_label_loss, cfg.batch_size, nullcontext(),
-                             scaler)
-        g = torch.cat([p.grad.flatten() for p in raw_model.parameters()]).double().numpy()
-        estimate = cfg.tokens_per_hessian * g * g
+        estimate_hessian(model, raw_model, data.hessian(update), partial(data.direction, update),
+                         cfg, nullcontext(), scaler)
+        estimate = torch.cat([p.grad.flatten() for p in raw_model.parameters()]).double().numpy()
+        if cfg.squares_gradient:
+            estimate = cfg.tokens_per_hessian * estimate ** 2
         total, squares = total + estimate, squares + estimate ** 2
     if world.is_main:
         mean = total / estimates
@@ -52,4 +55,4 @@ def main(data_dir, out, estimates, shared):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4:] == ["shared"])
+    main(*sys.argv[1:4], int(sys.argv[4]), sys.argv[5:] == ["shared"])

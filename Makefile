@@ -11,8 +11,10 @@ ARGS ?=
 quickstart: .venv/installed data/pystdlib/meta.json
 	$(PY) train.py config/quickstart_sophiag.py --init_from=auto $(ARGS)
 	$(PY) train.py config/quickstart_adamw.py --init_from=auto $(ARGS)
-	$(PY) compare.py out/quickstart-sophiag out/quickstart-adamw
+	$(PY) compare.py out/quickstart-sophiag out/quickstart-adamw --plot=out/quickstart.png
 	$(PY) sample.py out/quickstart-sophiag --prompt="def " --max_new_tokens=500
+	@echo "Next: look at out/quickstart.png, change a setting of config/quickstart_sophiag.py,"
+	@echo "search a learning rate with sweep.py, or read on in README.md"
 
 test: .venv/installed-tests
 	$(PY) -m ruff check .

@@ -134,8 +134,7 @@ class TrainConfig:
     beta2: float | None = knob(None, "default: 0.99 sophiag, 0.95 adamw, 0.98 lion")
     grad_clip: float = knob(1.0, "largest gradient norm; 0: no clipping")
     rho: float = knob(0.05, "sophiag: clipping threshold; larger means larger win_rate")
-    target_win_rate: float = knob(0.0, "sophiag: win_rate that rho is steered to, from its setting "
-                                  "on; 0: rho stays")
+    target_win_rate: float = knob(0.0, "sophiag: steer rho to this win_rate; 0: rho stays")
     hessian_estimator: str = knob("gnb", "sophiag: gnb | hutchinson (Sophia-H; rho 0.01 in the "
                                   "paper) | empirical_fisher")
     hessian_interval: int = knob(10, "sophiag: steps between Hessian estimates, k")
@@ -155,6 +154,7 @@ class TrainConfig:
 
     @property
     def tokens_per_hessian(self):
+        """B of the paper, where gradients are squared: labels behind one Hessian estimate."""
         return self.hessian_batch_size * self.block_size
 
     @property

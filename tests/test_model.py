@@ -141,7 +141,7 @@ def test_gnb_estimate_is_unbiased():
         model.lm_head.weight.mul_(20)   # a softmax far from uniform
     idx = torch.randint(0, 64, (2, 4))
     exact = exact_gauss_newton_diagonal(model, idx)
-    draws, generator = 3000, torch.Generator().manual_seed(1)
+    draws, generator = 1000, torch.Generator().manual_seed(1)
     total = torch.zeros_like(exact)
     squares = torch.zeros_like(exact)
     for _ in range(draws):
@@ -156,7 +156,7 @@ def test_gnb_estimate_is_unbiased():
     used = exact > exact.max() * 1e-6
     z = ((mean - exact) / error)[used]
     assert used.sum() > 500 and (~used).sum() < exact.numel() / 2
-    assert abs(mean.sum() / exact.sum() - 1) < 0.02
+    assert abs(mean.sum() / exact.sum() - 1) < 0.05
     assert z.abs().max() < 6 and abs(z.mean()) < 0.5 and 0.5 < z.std() < 1.5
 
 

@@ -3,10 +3,17 @@ What the tests share: a tiny data set, the settings of a tiny run, and a way to 
 user does.
 """
 import json
+import multiprocessing
 import os
+import runpy
+import socket
 import subprocess
 import sys
+import tempfile
+from functools import partial
+from multiprocessing import forkserver
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -43,10 +50,68 @@ def environment(**changes):
     return {**os.environ, "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1", **changes}
 
 
+FORKS = multiprocessing.get_context("forkserver")
+
+
+class Fork:
+    """
+    A script in a fork of a process that has imported PyTorch: it starts in a tenth of a second, and
+    otherwise is a process like another. What it prints is added to files, which may be one. first:
+    a function that it calls before the script begins.
+    """
+
+    def __init__(self, script, words, stdout, stderr, first=None, **env):
+        with mock.patch.dict(os.environ, environment(PYTHONPATH=str(ROOT),
+                                                     CUDA_VISIBLE_DEVICES="")):
+            # torch._dynamo: what every optimizer imports when it is made
+            FORKS.set_forkserver_preload(["pytest", "train", "sample", "compare", "torch._dynamo"])
+            forkserver.ensure_running()
+        self.process = FORKS.Process(target=_in_fork, args=(script, list(map(str, words)),
+                                                            (stdout, stderr), first, env))
+        self.process.start()
+
+    def end(self, timeout=120):
+        """Wait for the end: the exit code, or minus the signal that killed it."""
+        self.process.join(timeout)
+        if self.process.is_alive():
+            self.process.kill()
+            raise AssertionError(f"did not end in {timeout} s")
+        return self.process.exitcode
+
+
+def _in_fork(script, words, output, first, env):
+    for standard, path in zip((1, 2), output):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666), standard)
+    os.environ.update(env)
+    if first:
+        first()
+    sys.argv = [str(ROOT / script), *words]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def as_ranks(size):
+    """The environment of each rank of a group, as torchrun would set it up."""
+    if size == 1:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]),
+                  "WORLD_SIZE": str(size)}
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
+
+
 def run(script, *words, ranks=1, cwd=ROOT, timeout=300, **env):
-    """Run a script to its end: a CompletedProcess with text output."""
-    return subprocess.run(command(script, *words, ranks=ranks), cwd=cwd, env=environment(**env),
-                          capture_output=True, text=True, timeout=timeout)
+    """Run a script to its end: a CompletedProcess with text output, of all ranks. With an
+    environment of its own it is a process from the start, else a Fork for each rank."""
+    if env:
+        return subprocess.run(command(script, *words), cwd=cwd, env=environment(**env), text=True,
+                              capture_output=True, timeout=timeout)
+    with tempfile.TemporaryDirectory() as folder:
+        output = [Path(folder) / name for name in ("stdout", "stderr")]
+        forks = [Fork(script, words, *output, partial(os.chdir, cwd), **rank)
+                 for rank in as_ranks(ranks)]
+        code = max((fork.end(timeout) for fork in forks), key=abs)
+        return subprocess.CompletedProcess(words, code, *(path.read_text() for path in output))
 
 
 def train(out_dir, data, *words, ranks=1, **settings):

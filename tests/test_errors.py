@@ -1,22 +1,16 @@
 """
 Mistakes of a user, end to end: each ends in one line that names what is wrong, exit code 2, and no
-file touched. To import PyTorch once and not for each mistake, scripts run in forks of a process
-that has done so.
+file touched.
 """
-import multiprocessing
-import multiprocessing.forkserver
 import os
-import runpy
 import shutil
-import sys
+import subprocess
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
-from conftest import ROOT, TINY, flags, run
+from conftest import TINY, command, environment, flags, run
 
-FORKS = multiprocessing.get_context("forkserver")
 GOOD = flags(**{**TINY, "dataset": "./data", "out_dir": "new", "max_iters": 4, "warmup_iters": 1,
                 "eval_interval": 2})   # with these words nothing is wrong
 
@@ -111,31 +105,6 @@ OTHERS = {
 }
 
 
-def script_main(script, words, output):
-    """In a fork: what `python script words` does, with stdout and stderr into files."""
-    for number, path in zip((1, 2), output):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
-    sys.argv = [str(ROOT / script), *words]
-    runpy.run_path(sys.argv[0], run_name="__main__")
-
-
-@pytest.fixture(scope="module")
-def fork(tmp_path_factory):
-    """fork(script, words) -> (exit code, stdout, stderr), in the working directory."""
-    FORKS.set_forkserver_preload(["pytest", "train", "sample", "compare"])
-    with mock.patch.dict(os.environ, PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES="",
-                         OMP_NUM_THREADS="1"):
-        multiprocessing.forkserver.ensure_running()
-
-    def call(script, words):
-        output = [tmp_path_factory.mktemp("output") / name for name in ("stdout", "stderr")]
-        process = FORKS.Process(target=script_main, args=(script, words, output))
-        process.start()
-        process.join(120)
-        return process.exitcode, *(path.read_text() for path in output)
-    return call
-
-
 @pytest.fixture(scope="module")
 def good_place(tmp_path_factory, tiny_data):
     """A folder with data/ and more/, data sets, empty/, and run/, a run with two checkpoints."""
@@ -173,58 +142,61 @@ def snapshot(place):
     return {str(path): path.is_file() and path.read_bytes() for path in place.rglob("*")}
 
 
-def check(script, result, named):
-    """That result = (exit code, stdout, stderr) is a refusal that names all of named."""
-    code, stdout, stderr = result
-    assert "Traceback" not in stdout + stderr, stderr
-    assert stderr.startswith(f"{script}: error: ") and stderr.count("\n") == 1, stderr
-    assert code == 2
-    assert all(word in stderr for word in named.split()), stderr
+def check(script, done, named):
+    """That a CompletedProcess is a refusal that names all of named."""
+    assert "Traceback" not in done.stdout + done.stderr, done.stderr
+    assert done.stderr.startswith(f"{script}: error: "), done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert done.returncode == 2
+    assert all(word in done.stderr for word in named.split()), done.stderr
 
 
 @pytest.mark.parametrize("mistake", TRAIN)
-def test_train(fork, place, mistake):
+def test_train(place, mistake):
     named, words, edits = TRAIN[mistake]
     make_mistake(place, edits)
     before = snapshot(place)
-    check("train.py", fork("train.py", [*GOOD, *words.split()]), named)
+    check("train.py", run("train.py", *GOOD, *words.split(), cwd="."), named)
     assert snapshot(place) == before
 
 
 @pytest.mark.parametrize("mistake", OTHERS)
-def test_sample_and_compare(fork, place, mistake):
+def test_sample_and_compare(place, mistake):
     script, named, words, edits = OTHERS[mistake]
     make_mistake(place, edits)
     before = snapshot(place)
-    check(script, fork(script, words.split()), named)
+    check(script, run(script, *words.split(), cwd="."), named)
     assert snapshot(place) == before
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_a_token_beyond_the_vocabulary(fork, place, split):
+def test_a_token_beyond_the_vocabulary(place, split):
     """Found when it is read, so the new run has begun; nothing that was there is touched."""
     path = place / "data" / f"{split}.bin"
     path.write_bytes(b"\x41\x00" * (path.stat().st_size // 2))   # 65, where ids end at 64
     before = snapshot(place)
-    check("train.py", fork("train.py", GOOD), f"{split}.bin 65")
+    check("train.py", run("train.py", *GOOD, cwd="."), f"{split}.bin 65")
     assert before.items() <= snapshot(place).items()
     assert not list(place.glob("new/ckpt_*"))
 
 
-@pytest.mark.parametrize("script, words, named", [
+@pytest.mark.parametrize("script, word, named", [
     ("train.py", "--seeds=1", "seeds"), ("sample.py", "nowhere", "nowhere"),
     ("compare.py", "nowhere", "nowhere")])
-def test_a_fork_says_what_a_process_of_its_own_says(fork, script, words, named):
-    done = run(script, words)
-    check(script, (done.returncode, done.stdout, done.stderr), named)
-    assert fork(script, [words]) == (done.returncode, done.stdout, done.stderr)
+def test_a_fork_says_what_a_process_of_its_own_says(script, word, named):
+    own = subprocess.run(command(script, word), env=environment(), capture_output=True, text=True)
+    check(script, own, named)
+    fork = run(script, word)
+    assert ((fork.returncode, fork.stdout, fork.stderr)
+            == (own.returncode, own.stdout, own.stderr))
 
 
 @pytest.mark.parametrize("words, end", [("", "at step 4"), (RESUME, "at step 6"),
                                         (FINETUNE, "at step 4")])
-def test_what_the_mistakes_are_made_in_is_good(fork, place, words, end):
+def test_what_the_mistakes_are_made_in_is_good(place, words, end):
     """Else each test above could pass for another reason."""
-    code, stdout, stderr = fork("train.py", [*GOOD, *words.split()])
-    assert (code, stderr) == (0, "") and f"finished {end}" in stdout
-    assert fork("sample.py", ["run", "--prompt=!", "--max_new_tokens=1"])[::2] == (0, "")
-    assert fork("compare.py", ["run"])[::2] == (0, "")
+    done = run("train.py", *GOOD, *words.split(), cwd=".")
+    assert (done.returncode, done.stderr) == (0, "") and f"finished {end}" in done.stdout
+    for script in ("sample.py", "run", "--prompt=!", "--max_new_tokens=1"), ("compare.py", "run"):
+        done = run(*script, cwd=".")
+        assert (done.returncode, done.stderr) == (0, "")

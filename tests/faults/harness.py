@@ -3,29 +3,23 @@ Training that is broken on purpose. A Run is a run directory in which train.py i
 again, mostly with a fault, until it ends; it must then be bit for bit the run that nobody
 disturbed.
 
-Processes are forks of one that has imported PyTorch, so a start takes a tenth of a second. A fault
-is a function called in the fork before train.py runs: it changes limits, or has the process kill
-itself at a certain call of a certain function.
+A fault is a function called in the process before train.py runs: it changes limits, or has the
+process kill itself at a certain call of a certain function.
 """
 import importlib
-import multiprocessing
 import os
 import runpy
 import signal
-import socket
 import sys
 import time
 from functools import partial
-from multiprocessing import forkserver
-from unittest import mock
 
 import torch
-from conftest import ROOT, TINY, flags, records
+from conftest import ROOT, TINY, Fork, as_ranks, flags, records
 
 import checkpoint
 
 STEP = "ddp.seed_step"   # a function that is called once in each step, before anything moves
-FORKS = multiprocessing.get_context("forkserver")
 TIMEOUT = 120   # seconds after which a test gives up
 # Dropout, whose random numbers must be resumed too; log lines that do not fall on checkpoints.
 SETTINGS = {**TINY, "dropout": 0.1, "log_interval": 3, "eval_interval": 10, "eval_iters": 1,
@@ -34,19 +28,13 @@ ALWAYS_SAVING = {"eval_interval": 1}
 TIMES = {"seconds", "hours", "tokens_per_sec"}
 
 
-class Process:
-    """train.py in a fork, with its output in a file."""
+class Process(Fork):
+    """train.py with its output in one file."""
 
     def __init__(self, log, words, fault=None, **env):
-        with mock.patch.dict(os.environ, PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES="",
-                             OMP_NUM_THREADS="1"):
-            # torch._dynamo: what every optimizer imports when it is made
-            FORKS.set_forkserver_preload(["pytest", "train", "torch._dynamo"])
-            forkserver.ensure_running()
         self.log = log
         log.touch()
-        self.process = FORKS.Process(target=_run_train, args=(log, words, fault, env))
-        self.process.start()
+        super().__init__("train.py", words, log, log, fault, **env)
 
     def output(self):
         return self.log.read_text(errors="replace")
@@ -60,25 +48,6 @@ class Process:
 
     def send(self, name):
         os.kill(self.process.pid, getattr(signal, name))
-
-    def end(self):
-        """Wait for the end: the exit code, or minus the signal that killed it."""
-        self.process.join(TIMEOUT)
-        if self.process.is_alive():
-            self.process.kill()
-            raise AssertionError(f"did not end: {self.output()}")
-        return self.process.exitcode
-
-
-def _run_train(log, words, fault, env):
-    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
-    for standard in 1, 2:
-        os.dup2(descriptor, standard)
-    os.environ.update(env)
-    if fault:
-        fault()
-    sys.argv = [str(ROOT / "train.py"), *words]
-    runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 class Run:
@@ -98,12 +67,8 @@ class Run:
 
     def start_ranks(self, *words, faults=(None, None)):
         """Start train.py once for each of faults, as ranks of one group: a list of Process."""
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            env = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]),
-                   "WORLD_SIZE": str(len(faults))}
-        return [self.start(*words, fault=fault, RANK=str(r), LOCAL_RANK=str(r), **env)
-                for r, fault in enumerate(faults)]
+        return [self.start(*words, fault=fault, **rank)
+                for rank, fault in zip(as_ranks(len(faults)), faults)]
 
     def finish(self, *words):
         """Train to the end, undisturbed; returns the output."""

@@ -3,7 +3,7 @@ import random
 import time
 
 import pytest
-from harness import ALWAYS_SAVING, Run, assert_same, at, signal_self
+from harness import ALWAYS_SAVING, STEP, Run, assert_same, at, signal_self
 
 # Calls of a process that saves at each step. os.replace: of config.json, metrics.jsonl, then one a
 # checkpoint. os.remove: from the process's first or third checkpoint on.
@@ -60,3 +60,21 @@ def test_killed_between_the_steps_of_a_save(undisturbed, tiny_data, tmp_path):
     run.finish()
     assert_same(run, undisturbed)
     assert not list(run.out_dir.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("knobs", [
+    dict(optimizer="adamw"), dict(optimizer="lion"),
+    dict(hessian_estimator="hutchinson", target_win_rate=0.3, hessian_interval=3)],
+    ids=lambda knobs: "-".join(map(str, knobs.values())))
+def test_every_optimizer_and_what_it_steers_is_resumed(tiny_data, tmp_path, knobs):
+    undisturbed = Run(tmp_path / "undisturbed", tiny_data, **knobs)
+    undisturbed.finish()
+    run = Run(tmp_path, tiny_data, **knobs)
+    for step, name, code in (17, "SIGKILL", -9), (6, "SIGTERM", 0), (16, "SIGKILL", -9):
+        assert run.start(fault=at(STEP, step, "after", signal_self, name)).end() == code
+    assert run.checkpoints() == [20, 30]   # 10, 16, 20, 30
+    run.finish()
+    assert_same(run, undisturbed)
+    if "target_win_rate" in knobs:
+        rhos = [r["train/rho"] for r in run.records() if "train/rho" in r]
+        assert len(set(rhos)) == len(rhos) == 13

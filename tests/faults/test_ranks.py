@@ -6,7 +6,7 @@ from datetime import timedelta
 
 import numpy as np
 import pytest
-from conftest import ROOT, command, environment
+from conftest import ROOT, as_ranks, command, environment
 from harness import STEP, Run, assert_same, at, set_up, signal_self
 from test_disks import refused
 
@@ -55,6 +55,14 @@ def test_a_rank_that_hangs_ends_the_others_with_a_line(undisturbed, run, lost):
     refused(ranks[1 - lost], "another rank", "did not answer for 0:00:03")
     ranks[lost].send("SIGKILL")
     assert ranks[lost].end() == -9
+    finish(run)
+    assert_same(run, undisturbed[2])
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(undisturbed, run):
+    for rank in run.start_ranks(faults=[None, at(STEP, 13, "after", signal_self, "SIGTERM")]):
+        assert rank.end() == 0
+    assert run.newest() == 13
     finish(run)
     assert_same(run, undisturbed[2])
 
@@ -113,6 +121,23 @@ def test_torchrun_starts_again_after_a_rank_was_killed(undisturbed, run, slow):
                           capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("resuming from") == kills
+    assert_same(run, undisturbed[2])
+
+
+def test_torchrun_on_two_nodes_starts_again_after_a_rank_was_killed(undisturbed, run, slow):
+    if not slow:
+        pytest.skip("with --slow")
+    words = command("tests/faults/harness.py", 1, *run.words, ranks=1)
+    endpoint = f"localhost:{as_ranks(2)[0]['MASTER_PORT']}"
+    words[1:1] = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
+                  "--max-restarts=3", "--rdzv_backend=c10d", f"--rdzv_endpoint={endpoint}"]
+    env = environment(PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}",
+                      TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    nodes = [subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              text=True) for _ in range(2)]
+    outputs = [node.communicate(timeout=300) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    assert "resuming from" in outputs[0][0] + outputs[1][0]
     assert_same(run, undisturbed[2])
 
 

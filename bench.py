@@ -6,12 +6,9 @@ How fast the parts of a run are on this machine: medians of interleaved repetiti
     python bench.py config/quickstart_sophiag.py --only=ranks
 
 Sections: optimizer, step, memory, data, generate; and, when asked for, ranks (train.py with one
-rank against two, a thread or GPU each) and prepare (OpenWebText's script against nanoGPT's way).
-Settings and files are train.py's; without the data set, tokens are random. --profile=trace.json
-writes a trace of the training step for Perfetto.
+rank against two, a thread or GPU each). Settings and files are train.py's; without the data set,
+tokens are random.
 """
-import contextlib
-import glob
 import json
 import math
 import multiprocessing
@@ -23,17 +20,15 @@ import sys
 import tempfile
 import time
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 import ddp
-from configurator import ROOT, UserError, load_config, run_script
+from configurator import ROOT, ArgumentParser, UserError, load_config, run_script
 from dataloader import DataLoader
 from metrics import peak_flops, read_metrics
 from model import GPT, GPTConfig
 from optim import hessian_due, make_optimizer, parameter_groups
-from tokenizer import get_tokenizer
 from train import (
     MODEL_KNOBS,
     accumulate_gradients,
@@ -300,98 +295,18 @@ def bench_generate(cfg, device, vocab_size, tokens=512):
     yield f"{tokens} tokens, uncached", times[1] * 1e3, "ms", f"{times[1] / times[0]:.1f} x, {same}"
 
 
-def nanogpt_prepare(source, out_dir):
-    """The steps of nanoGPT's data/openwebtext/prepare.py, on files that are here already."""
-    from datasets import load_dataset
-    bpe = get_tokenizer("gpt2").bpe
-
-    def process(example):
-        ids = bpe.encode_ordinary(example["text"]) + [bpe.eot_token]
-        return {"ids": ids, "len": len(ids)}
-
-    splits = load_dataset("parquet", data_files=f"{source}/*", cache_dir=f"{out_dir}/cache",
-                          num_proc=2)["train"].train_test_split(test_size=0.0005, seed=2357)
-    splits = splits.map(process, remove_columns=["text"], num_proc=2)
-    for name, documents in splits.items():
-        tokens = np.memmap(f"{out_dir}/{name}.bin", np.uint16, "w+", shape=sum(documents["len"]))
-        end, shards = 0, min(1024, len(documents))
-        for i in range(shards):
-            shard = documents.shard(shards, i, contiguous=True).with_format("numpy")
-            ids = np.concatenate(shard[:]["ids"])
-            tokens[end:end + len(ids)] = ids
-            end += len(ids)
-        tokens.flush()
-
-
-def bytes_on_disk(folder):
-    """Of all files below folder, as allocated."""
-    total = 0
-    for path in glob.glob(f"{folder}/**", recursive=True):
-        with contextlib.suppress(FileNotFoundError):
-            total += os.stat(path).st_blocks * 512
-    return total
-
-
-def bench_prepare(repeat, copies=8):
-    """data/openwebtext/prepare.py against nanoGPT's way, both as a process of two workers that
-    reads the same parquet files: `copies` times the source of Python, in documents of 5,000
-    characters."""
-    import pyarrow
-    from pyarrow import parquet
-    library = os.path.dirname(contextlib.__file__)
-    texts = [open(path, encoding="utf-8", errors="replace").read()
-             for path in sorted(glob.glob(f"{library}/**/*.py", recursive=True))
-             if "site-packages" not in path]
-    documents = [text[i:i + 5000] for text in texts for i in range(0, len(text), 5000)] * copies
-    megabytes = sum(len(d.encode()) for d in documents) / 1e6
-    prepare = os.path.join(ROOT, "data", "openwebtext", "prepare.py")
-    ways = {"nanoGPT's way": lambda source, out: ["-c", "import sys, bench; bench.nanogpt_prepare("
-                                                  "*sys.argv[1:])", source, out],
-            "data/openwebtext": lambda source, out: [prepare, f"--source={source}",
-                                                     f"--out_dir={out}", "--workers=2"]}
-    seconds, peaks = {way: [] for way in ways}, {way: [] for way in ways}
-    with tempfile.TemporaryDirectory() as folder:
-        source = os.path.join(folder, "source")
-        os.mkdir(source)
-        for i in range(4):
-            parquet.write_table(pyarrow.table({"text": documents[i::4]}),
-                                f"{source}/train-{i}.parquet", row_group_size=1000)
-        for way in list(ways) * repeat:
-            with tempfile.TemporaryDirectory(dir=folder) as out:
-                started = time.perf_counter()
-                process = subprocess.Popen([sys.executable, *ways[way](source, out)], cwd=ROOT,
-                                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-                peak = 0
-                while process.poll() is None:
-                    peak = max(peak, bytes_on_disk(out))
-                    time.sleep(0.05)
-                if process.returncode:
-                    raise UserError(f"{way} failed with exit code {process.returncode}")
-                seconds[way].append(time.perf_counter() - started)
-                peaks[way].append(peak)
-    base = statistics.median(seconds["nanoGPT's way"])
-    base_peak = max(peaks["nanoGPT's way"])
-    for way in ways:
-        took = statistics.median(seconds[way])
-        yield way, took, "s", f"{megabytes / took:.1f} MB/s, {base / took:.2f} x nanoGPT's"
-        peak = max(peaks[way])
-        yield f"{way}, peak disk", peak / 1e6, "MB", f"{peak / base_peak:.2f} x nanoGPT's"
-
-
 def main(argv):
-    own = {"only": "optimizer,step,memory,data,generate", "json": "", "repeat": "5", "profile": ""}
-    rest = []
-    for word in argv:
-        name, equals, value = word.removeprefix("--").partition("=")
-        if word in ("--help", "-h"):
-            return print(__doc__.strip())
-        if name in own and equals:
-            own[name] = value
-        else:
-            rest.append(word)
-    if not own["repeat"].isdigit() or own["repeat"] == "0":
-        raise UserError(f"repeat must be a positive number, got {own['repeat']}")
-    repeat = int(own["repeat"])
+    parser = ArgumentParser(__doc__)
+    parser.usage = "bench.py [config.py ...] [--key=value ...] [--only=...] [--repeat=N] ..."
+    parser.add_argument("--only", default="optimizer,step,memory,data,generate", metavar="SECTIONS")
+    parser.add_argument("--repeat", type=int, default=5, metavar="N")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there too")
+    parser.add_argument("--profile", metavar="FILE", help="write a trace of the training step, for "
+                        "Perfetto")
+    args, rest = parser.parse_known_args(argv)
+    repeat = args.repeat
+    if repeat < 1:
+        raise UserError(f"repeat must be a positive number, got {repeat}")
     cfg = load_config(rest)
     world = ddp.join(cfg.device)
     device, fused = world.device, ddp.pick_compile(cfg.compile, world.device) is None
@@ -403,13 +318,12 @@ def main(argv):
     vocab_size = data.meta["vocab_size"] if data else GPTConfig.vocab_size
     sections = {
         "optimizer": lambda: bench_optimizer(cfg, device, repeat, vocab_size, fused),
-        "step": lambda: bench_step(cfg, device, repeat, vocab_size, data, fused, own["profile"]),
+        "step": lambda: bench_step(cfg, device, repeat, vocab_size, data, fused, args.profile),
         "memory": lambda: bench_memory(cfg, device, vocab_size, fused),
         "data": lambda: bench_data(data, repeat, device) if data else (),
         "generate": lambda: bench_generate(cfg, device, vocab_size),
-        "prepare": lambda: bench_prepare(repeat),
         "ranks": lambda: bench_ranks(rest, repeat)}
-    wanted = own["only"].split(",")
+    wanted = args.only.split(",")
     if unknown := set(wanted) - set(sections):
         raise UserError(f"no section {unknown.pop()}; see --help")
     rows = []
@@ -417,11 +331,11 @@ def main(argv):
         for name, value, unit, note in sections[section]():
             print(f"{section:10} {name:32} {value:12,.2f} {unit:8} {note}", flush=True)
             rows.append(dict(section=section, name=name, value=value, unit=unit, note=note))
-    if own["json"]:
-        with open(own["json"], "w", encoding="utf-8") as file:
+    if args.json:
+        with open(args.json, "w", encoding="utf-8") as file:
             json.dump({"torch": torch.__version__, "device": str(device),
                        "threads": torch.get_num_threads(), "rows": rows}, file, indent=1)
-        print(f"wrote {own['json']}")
+        print(f"wrote {args.json}")
 
 
 if __name__ == "__main__":

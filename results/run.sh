@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Every run of the study, in order, two at a time on one thread each. A sweep that is in runs.csv
+# is passed over, so that the study can be made in pieces; to begin anew: rm results/*.csv
+#   results/run.sh            all
+#   results/run.sh small/lr   sweeps whose names begin so
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-.venv/bin/python}
+export OMP_NUM_THREADS=2   # sweep.py shares them out: one for each run
+only=${1:-}
+
+sweep() {   # name, words of sweep.py
+    local name=$1; shift
+    if [[ $name != "$only"* ]] || grep -qs "^$name," results/runs.csv; then return; fi
+    $python sweep.py "$@" --out_dir="out/study/$name" --jobs="${JOBS:-2}"
+    $python results/collect.py "$name"
+}
+
+small=results/small.py
+adamw=--optimizer=adamw
+lion=--optimizer=lion
+sophiag=--optimizer=sophiag
+steered="--optimizer=sophiag --target_win_rate=0.3"
+
+# Time of a step, on a machine that does nothing else.
+sweep small/speed $small --seed=1,2,3 --optimizer=adamw,lion,sophiag --max_iters=300 --eval_interval=300
+
+# Learning rates: factors of 2, on seed 1; more where the best was at an edge.
+sweep small/lr-adamw $small --seed=1 $adamw --learning_rate=2e-3,4e-3,8e-3,1.6e-2,3.2e-2
+sweep small/lr-lion $small --seed=1 $lion --learning_rate=1e-4,2e-4,4e-4,8e-4,1.6e-3
+sweep small/lr-sophiag $small --seed=1 $sophiag --learning_rate=5e-5,1e-4,2e-4,4e-4,8e-4
+sweep small/lr-steered $small --seed=1 $steered --learning_rate=5e-5,1e-4,2e-4,4e-4,8e-4
+
+# The best of these, on three other seeds.
+sweep small/final-adamw $small --seed=2,3,4 $adamw --learning_rate=8e-3
+sweep small/final-lion $small --seed=2,3,4 $lion --learning_rate=2e-4
+sweep small/final-sophiag $small --seed=2,3,4 $sophiag --learning_rate=4e-4

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from configurator import UserError, write_atomically
+from configurator import UserError, claim, write_atomically
 
 FORMAT_VERSION = 1
 KEEP = 2   # newest ones; the best is kept besides
@@ -43,17 +43,12 @@ def lock(run_dir):
     Make run_dir and claim it until this process ends, in whatever way. Raises UserError if another
     process has claimed it.
     """
-    try:
-        import fcntl  # not on Windows
+    with suppress(OSError):   # no writing: config.json will tell
         os.makedirs(run_dir, exist_ok=True)
         # Never closed. A file in it, since NFS locks only what is open for writing.
         descriptor = os.open(os.path.join(run_dir, "lock"), os.O_RDWR | os.O_CREAT, 0o666)
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"another process is training in {run_dir}; stop it first, or choose "
-                        f"another --out_dir") from None
-    except (ImportError, OSError):   # no locks here (Lustre), or no writing: config.json will tell
-        pass
+        claim(descriptor, f"another process is training in {run_dir}; stop it first, or choose "
+                          f"another --out_dir")
 
 
 def save(run_dir, payload, best_step):

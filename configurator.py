@@ -89,6 +89,18 @@ def write_atomically(path, write):
         raise UserError(f"cannot write {path}: {error}; what was there before is intact") from None
 
 
+def claim(descriptor, refusal):
+    """Lock an open file until it is closed or this process ends, in whatever way. Raises UserError
+    with the text `refusal` if another process has it."""
+    try:
+        import fcntl  # not on Windows
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(refusal) from None
+    except (ImportError, OSError):   # no locks here (Lustre)
+        pass
+
+
 def knob(default, meaning):
     return field(default=default, metadata={"meaning": meaning})
 

@@ -2,6 +2,7 @@
 data/*/prepare.py: what comes out is a plain loop's tokens, for any number of workers and however
 often it was stopped; what cannot be used is counted; what is there is not overwritten.
 """
+import fcntl
 import gzip
 import hashlib
 import importlib.util
@@ -393,6 +394,16 @@ def test_another_source_does_not_go_on_with_an_unfinished_one(tmp_path, monkeypa
         write_bins(arguments(tmp_path), Texts(["a", "b"]), split_by_hash(0.5))
     with pytest.raises(UserError, match="unfinished"):
         write_bins(arguments(tmp_path), Texts(["a", "c"]), split_by_hash(0.5))
+
+
+def test_two_preparations_do_not_share_a_folder(tmp_path):
+    (tmp_path / "a.txt").write_text("<|endoftext|>".join(some_documents(300)))
+    words = CUSTOM, f"--source={tmp_path}/a.txt", f"--out_dir={tmp_path}/out"
+    (tmp_path / "out").mkdir()
+    with open(tmp_path / "out/train.bin.part", "ab") as part:
+        fcntl.flock(part, fcntl.LOCK_EX)
+        assert "another process is preparing" in refused(*words)
+    prepared(*words)
 
 
 def test_pystdlib_is_the_library_split_in_two_the_same_each_time(tmp_path):

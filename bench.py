@@ -101,6 +101,9 @@ def bench_optimizer(cfg, device, repeat, vocab_size, fused):
     for label, choice in ("foreach", dict(foreach=True)), ("fused", dict(fused=True)):
         optimizers[f"adamw {label}"] = torch.optim.AdamW(parameter_groups(model, 0.1), lr=6e-4,
                                                          **choice)
+    for name, optimizer in optimizers.items():
+        if name != "adamw foreach":   # the only one that cannot skip an update, as training asks
+            optimizer.found_inf = torch.zeros((), device=device)
     state = {p: (torch.zeros_like(p), torch.rand_like(p)) for p in params}
     buffers = [torch.empty_like(p) for p in params]
 

@@ -35,3 +35,26 @@ sweep small/lr-steered $small --seed=1 $steered --learning_rate=5e-5,1e-4,2e-4,4
 sweep small/final-adamw $small --seed=2,3,4 $adamw --learning_rate=8e-3
 sweep small/final-lion $small --seed=2,3,4 $lion --learning_rate=2e-4
 sweep small/final-sophiag $small --seed=2,3,4 $sophiag --learning_rate=4e-4
+sweep small/final-steered $small --seed=2,3,4 $steered --learning_rate=4e-4
+
+# Half of that, at which no seed diverges: from here on SophiaG is compared with itself.
+half=--learning_rate=2e-4
+sweep small/half-sophiag $small --seed=2,3,4 $sophiag $half
+sweep small/rho-sophiag $small --seed=1 $sophiag $half --rho=5e-3,0.5,5
+sweep small/rho-steered $small --seed=1 $steered $half --rho=5e-3,0.5,5
+
+# Other estimators at the same win_rate; no Hessian at all; an AdamW whose loss is not divided by
+# its 6 micro-steps, which is the same as a clipping threshold of a sixth.
+sweep small/half-steered $small --seed=2,3,4 $steered $half
+sweep small/half-fisher $small --seed=2,3,4 $steered $half --hessian_estimator=empirical_fisher
+sweep small/half-hutchinson $small --seed=2,3,4 $steered $half --hessian_estimator=hutchinson
+sweep small/half-sign $small --seed=2,3,4 $sophiag $half --hessian_interval=1000000
+sweep small/clip-adamw $small --seed=2,3,4 $adamw --learning_rate=8e-3 --grad_clip=0.16667
+
+# Four times the batch: 8.2M tokens in as many steps.
+large_batch="--batch_size=32 --total_batch_size=32 --eval_iters=16"
+sweep small/batch-adamw $small --seed=2, $adamw --learning_rate=8e-3 $large_batch
+sweep small/batch-sophiag $small --seed=2, $sophiag --learning_rate=4e-4 $large_batch
+
+# Steps between Hessian estimates.
+sweep small/k $small --seed=1 $sophiag $half --hessian_interval=1,100

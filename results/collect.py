@@ -31,11 +31,12 @@ def main(sweep):
     with open(os.path.join(ROOT, "out", "study", sweep, "results.csv"), newline="") as file:
         rows = list(csv.DictReader(file))
     for row in rows:
-        with open(os.path.join(row["run"], "config.json")) as file:
+        folder = os.path.join(ROOT, row["run"])
+        with open(os.path.join(folder, "config.json")) as file:
             config = json.load(file)
         runs.append({"sweep": sweep, "run": len(runs), **{k: config[k] for k in KNOBS},
                      **{k: row[k] for k in OUTCOME}})
-        with open(os.path.join(row["run"], "metrics.jsonl")) as file:
+        with open(os.path.join(folder, "metrics.jsonl")) as file:
             records = map(json.loads, file)
             at_evaluation = {}   # an evaluation is a record of its own, after the step's
             for record in records:

@@ -6,14 +6,30 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
-export OMP_NUM_THREADS=2   # sweep.py shares them out: one for each run
+jobs=${JOBS:-2}
+export OMP_NUM_THREADS=$jobs   # sweep.py shares them out: one for each run
 only=${1:-}
+
+due() {   # name of a sweep
+    [[ $1 == "$only"* ]] && ! grep -qs "^$1," results/runs.csv
+}
 
 sweep() {   # name, words of sweep.py
     local name=$1; shift
-    if [[ $name != "$only"* ]] || grep -qs "^$name," results/runs.csv; then return; fi
-    $python sweep.py "$@" --out_dir="out/study/$name" --jobs="${JOBS:-2}"
+    due "$name" || return 0
+    $python sweep.py "$@" --out_dir="out/study/$name" --jobs="$jobs"
     $python results/collect.py "$name"
+}
+
+shared_noise() {   # name, words of train.py; on three seeds
+    local name=$1; shift
+    due "$name" || return 0
+    for seed in 2 3 4; do
+        OMP_NUM_THREADS=1 $python results/shared_noise.py "$@" --seed=$seed --init_from=auto \
+            --out_dir="out/study/$name/seed=$seed" > /dev/null &
+    done
+    wait
+    jobs=0 sweep "$name" "$@" --seed=2,3,4   # the table
 }
 
 small=results/small.py
@@ -50,6 +66,9 @@ sweep small/half-fisher $small --seed=2,3,4 $steered $half --hessian_estimator=e
 sweep small/half-hutchinson $small --seed=2,3,4 $steered $half --hessian_estimator=hutchinson
 sweep small/half-sign $small --seed=2,3,4 $sophiag $half --hessian_interval=1000000
 sweep small/clip-adamw $small --seed=2,3,4 $adamw --learning_rate=8e-3 --grad_clip=0.16667
+
+# Labels drawn with one noise for all sequences, as by ranks that are seeded alike.
+shared_noise small/half-shared $small $sophiag $half
 
 # Four times the batch: 8.2M tokens in as many steps.
 large_batch="--batch_size=32 --total_batch_size=32 --eval_iters=16"

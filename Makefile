@@ -1,12 +1,11 @@
 # make quickstart: train the same small GPT with SophiaG and with AdamW, compare, sample.
-# make test:       the tests.
-# make coverage:   the same, half as fast, and which lines they reach.
+# make test:       the tests, and which lines they reach.
 PYTHON ?= python3
 PY = .venv/bin/python
 # Further settings for the quickstart's runs, e.g. make quickstart ARGS=--max_iters=100
 ARGS ?=
 
-.PHONY: quickstart test coverage
+.PHONY: quickstart test
 .DELETE_ON_ERROR:
 
 quickstart: .venv/installed data/pystdlib/meta.json
@@ -19,10 +18,7 @@ quickstart: .venv/installed data/pystdlib/meta.json
 
 test: .venv/installed-tests
 	$(PY) -m ruff check .
-	$(PY) -m pytest -q -n 2 --dist loadscope --durations=10
-
-coverage: .venv/installed-tests
-	$(PY) -m pytest -q -n 2 --dist loadscope --cov --cov-report=term
+	$(PY) -m pytest -q -n 2 --dist loadscope --durations=10 --cov --cov-report=term
 
 data/pystdlib/meta.json: | .venv/installed
 	$(PY) data/pystdlib/prepare.py

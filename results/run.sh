@@ -69,11 +69,3 @@ sweep small/clip-adamw $small --seed=2,3,4 $adamw --learning_rate=8e-3 --grad_cl
 
 # Labels drawn with one noise for all sequences, as by ranks that are seeded alike.
 shared_noise small/half-shared $small $sophiag $half
-
-# Four times the batch: 8.2M tokens in as many steps.
-large_batch="--batch_size=32 --total_batch_size=32 --eval_iters=16"
-sweep small/batch-adamw $small --seed=2, $adamw --learning_rate=8e-3 $large_batch
-sweep small/batch-sophiag $small --seed=2, $sophiag --learning_rate=4e-4 $large_batch
-
-# Steps between Hessian estimates.
-sweep small/k $small --seed=1 $sophiag $half --hessian_interval=1,100

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 RESULTS = os.path.dirname(os.path.abspath(__file__))
 ARMS = {"adamw": "AdamW", "lion": "Lion", "sophiag": "SophiaG", "steered": "SophiaG, steered ρ"}
 STYLES = dict(zip(ARMS, (("#D55E00", "s", "--"), ("#009E73", "D", "-."), ("#0072B2", "o", "-"),
-                         ("#56B4E9", "^", ":"))))
+                         ("#CC79A7", "^", ":"))))
 NUMBERS = ("learning_rate", "rho", "target_win_rate", "final_val_loss", "win_rate", "grad_clip")
 SEEDS = ("2", "3", "4")   # 1 chose the learning rates
 
@@ -55,6 +55,12 @@ def ms_per_step(optimizer):
                       for r in RUNS["small/speed"] if r["optimizer"] == optimizer])
 
 
+def win_rates(sweep):
+    """Smallest and largest at the end of a run; "" where there is none."""
+    found = [r["win_rate"] for r in RUNS[sweep] if r["win_rate"] == r["win_rate"]]
+    return f"{min(found):.2f}-{max(found):.2f}" if found else ""
+
+
 def steps_to(sweep, run, loss):
     """Step at which a run first is at `loss`, interpolated between evaluations, or None."""
     iters, _, found, *_ = np.array(CURVES[sweep, run]).T
@@ -84,21 +90,52 @@ def final_table(size):
         rows.append({
             "": name, "learning rate": f"{RUNS[sweep][0]['learning_rate']:g}",
             "final val loss": mean_and_spread(found),
-            "less AdamW's": gap(found, base) if arm != "adamw" else "",
-            "steps to AdamW's": (f"{steps:,.0f} ({whole / steps:.2f}x)" if steps
-                                 else "not reached"),
-            "time of a step": f"{ms:.0f} ms ({ms / base_ms - 1:+.0%})",
-            "win_rate at the end": " ".join(f"{r['win_rate']:.2f}" for r in RUNS[sweep]
-                                            if r["win_rate"] == r["win_rate"])})
+            "difference to AdamW": gap(found, base) if arm != "adamw" else "",
+            "steps to AdamW's": ("" if arm == "adamw" else "not reached" if steps is None
+                                 else f"{steps:,.0f} ({whole / steps:.2f}x)"),
+            "time of a step": f"{ms:.0f} ms" + f" ({ms / base_ms - 1:+.0%})" * (arm != "adamw"),
+            "win_rate at the end": win_rates(sweep)})
     return markdown(rows)
 
 
-def contrasts(size, rows):
-    """Rows (what, sweep, base sweep) as a table of losses over seeds and their differences."""
-    return markdown([{"": what, "final val loss": mean_and_spread(losses(f"{size}/{sweep}")),
+def ablation_table():
+    fixed, steered, adamw = "SophiaG, ρ 0.05", "SophiaG, steered to 0.3", "AdamW"
+    sweeps = {fixed: "half-sophiag", steered: "half-steered", adamw: "final-adamw"}
+    rows = [(fixed, None), (steered, fixed)]
+    for what, sweep, base in (
+            ("steered, empirical Fisher (true labels)", "half-fisher", steered),
+            ("steered, Hutchinson (Sophia-H)", "half-hutchinson", steered),
+            ("h = 0: sign of the momentum", "half-sign", fixed),
+            ("ρ 0.05, all sequences share label noise", "half-shared", fixed),
+            ("AdamW, gradient clipped at 1/6", "clip-adamw", adamw)):
+        sweeps[what] = sweep
+        rows.append((what, base))
+    found = {what: losses(f"small/{sweep}") for what, sweep in sweeps.items()}
+    return markdown([{"": what, "final val loss": mean_and_spread(found[what]),
+                      "win_rate at the end": win_rates(f"small/{sweeps[what]}"),
                       "compared with": base or "",
-                      "difference": gap(losses(f"{size}/{sweep}"), losses(f"{size}/{base}"))
-                      if base else ""} for what, sweep, base in rows])
+                      "difference": gap(found[what], found[base]) if base else ""}
+                     for what, base in rows])
+
+
+def rho_runs(arm):
+    """Runs of an arm at each ρ, the one of the learning rate's grid among them."""
+    runs = list(RUNS[f"small/rho-{arm}"])
+    rate = runs[0]["learning_rate"]
+    runs += [r for r in RUNS[f"small/lr-{arm}"] if r["learning_rate"] == rate]
+    return sorted(runs, key=lambda r: r["rho"])
+
+
+def rho_table():
+    rows = []
+    for fixed, steered in zip(rho_runs("sophiag"), rho_runs("steered")):
+        end = CURVES[steered["sweep"], steered["run"]][-1]
+        rows.append({"ρ at the start": f"{fixed['rho']:g}",
+                     "fixed": f"{fixed['final_val_loss']:.4f}",
+                     "win_rate at the end": f"{fixed['win_rate']:.2f}",
+                     "steered to 0.3": f"{steered['final_val_loss']:.4f}",
+                     "ρ at the end": f"{end[4]:.2f}"})
+    return markdown(rows)
 
 
 def new_figure(width=7.5):
@@ -155,14 +192,10 @@ def insert(path, tables):
 
 def plot_rho(axis):
     """Final loss against the ρ at the start, fixed and steered."""
-    for arm, base in ("sophiag", "lr-sophiag"), ("steered", "lr-steered"):
-        runs = list(RUNS[f"small/rho-{arm}"])
-        rate = runs[0]["learning_rate"]
-        runs += [r for r in RUNS[f"small/{base}"] if r["learning_rate"] == rate]
-        runs.sort(key=lambda r: r["rho"])
-        colour, marker, line = STYLES[arm]
+    for arm in "sophiag", "steered":
+        runs, (colour, marker, line) = rho_runs(arm), STYLES[arm]
         axis.plot([r["rho"] for r in runs], [r["final_val_loss"] for r in runs], line, color=colour,
-                  marker=marker, label=f"{ARMS[arm]}, learning rate {rate:g}")
+                  marker=marker, label=ARMS[arm])
     axis.set_xscale("log")
     finish(axis, xlabel="ρ at the start", ylabel="final val loss (nats/byte)")
     axis.legend(frameon=False)
@@ -173,11 +206,20 @@ def main():
     left, right = figure.subplots(1, 2)
     plot_rates("small", left)
     plot_curves("small", right, 2)
-    finish(right, xlabel="steps", ylabel="val loss, mean of 3 seeds")
-    right.set_ylim(right.get_lines()[0].get_ydata()[-1] - 0.05, 3)
+    finish(right, xlabel="steps", ylabel="val loss (nats/byte)", ylim=(1.5, 3))
     figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=4,
                   frameon=False)
     figure.savefig(os.path.join(RESULTS, "small.png"))
+    figure = new_figure()
+    left, right = figure.subplots(1, 2)
+    plot_rho(left)
+    plot_curves("small", right, 3)
+    finish(right, xlabel="steps", ylabel="win_rate, mean and range of 3 seeds", ylim=(0, 0.5))
+    figure.savefig(os.path.join(RESULTS, "rho.png"))
+    final = final_table("small")
+    insert(os.path.join(RESULTS, "README.md"),
+           {"final": final, "rho": rho_table(), "ablations": ablation_table()})
+    insert(os.path.join(os.path.dirname(RESULTS), "README.md"), {"final": final})
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ ARMS = {"adamw": "AdamW", "lion": "Lion", "sophiag": "SophiaG", "steered": "Soph
 STYLES = dict(zip(ARMS, (("#D55E00", "s", "--"), ("#009E73", "D", "-."), ("#0072B2", "o", "-"),
                          ("#CC79A7", "^", ":"))))
 NUMBERS = ("learning_rate", "rho", "target_win_rate", "final_val_loss", "win_rate", "grad_clip")
+SIZES = ("small",)
 SEEDS = ("2", "3", "4")   # 1 chose the learning rates
 
 
@@ -49,10 +50,10 @@ def gap(values, base):
     return f"{d.mean():+.4f} ± {d.std(ddof=1) / len(d) ** 0.5:.4f}"
 
 
-def ms_per_step(optimizer):
+def ms_per_step(size, optimizer):
     """Median of the runs that had the machine for themselves."""
     return np.median([float(r["seconds"]) / int(r["max_iters"]) * 1000
-                      for r in RUNS["small/speed"] if r["optimizer"] == optimizer])
+                      for r in RUNS[f"{size}/speed"] if r["optimizer"] == optimizer])
 
 
 def win_rates(sweep):
@@ -78,22 +79,28 @@ def markdown(rows):
     return "\n".join("| " + " | ".join(line.values()) + " |" for line in lines)
 
 
+def arms(size):
+    """(name, sweep of its final runs, style) of each arm that was run."""
+    return [(name, sweep, STYLES[arm]) for arm, name in ARMS.items()
+            if (sweep := f"{size}/final-{arm}") in RUNS]
+
+
 def final_table(size):
     base, rows = losses(f"{size}/final-adamw"), []
-    for arm, name in ARMS.items():
-        sweep = f"{size}/final-{arm}"
+    for name, sweep, _ in arms(size):
         found, optimizer = losses(sweep), RUNS[sweep][0]["optimizer"]
-        ms, base_ms = ms_per_step(optimizer), ms_per_step("adamw")
+        is_base = optimizer == "adamw"
+        ms, base_ms = ms_per_step(size, optimizer), ms_per_step(size, "adamw")
         reached = [steps_to(sweep, r["run"], base[SEEDS.index(r["seed"])]) for r in RUNS[sweep]]
         steps = np.mean(reached) if None not in reached else None
         whole = int(RUNS[sweep][0]["max_iters"])
         rows.append({
             "": name, "learning rate": f"{RUNS[sweep][0]['learning_rate']:g}",
             "final val loss": mean_and_spread(found),
-            "difference to AdamW": gap(found, base) if arm != "adamw" else "",
-            "steps to AdamW's": ("" if arm == "adamw" else "not reached" if steps is None
+            "difference to AdamW": "" if is_base else gap(found, base),
+            "steps to AdamW's": ("" if is_base else "not reached" if steps is None
                                  else f"{steps:,.0f} ({whole / steps:.2f}x)"),
-            "time of a step": f"{ms:.0f} ms" + f" ({ms / base_ms - 1:+.0%})" * (arm != "adamw"),
+            "time of a step": f"{ms:.0f} ms" + f" ({ms / base_ms - 1:+.0%})" * (not is_base),
             "win_rate at the end": win_rates(sweep)})
     return markdown(rows)
 
@@ -105,6 +112,7 @@ def ablation_table():
     for what, sweep, base in (
             ("steered, empirical Fisher (true labels)", "half-fisher", steered),
             ("steered, Hutchinson (Sophia-H)", "half-hutchinson", steered),
+            ("SophiaG, steered to 0.1", "half-target", fixed),
             ("h = 0: sign of the momentum", "half-sign", fixed),
             ("ρ 0.05, all sequences share label noise", "half-shared", fixed),
             ("AdamW, gradient clipped at 1/6", "clip-adamw", adamw)):
@@ -118,24 +126,40 @@ def ablation_table():
                      for what, base in rows])
 
 
-def rho_runs(arm):
-    """Runs of an arm at each ρ, the one of the learning rate's grid among them."""
-    runs = list(RUNS[f"small/rho-{arm}"])
-    rate = runs[0]["learning_rate"]
-    runs += [r for r in RUNS[f"small/lr-{arm}"] if r["learning_rate"] == rate]
+# Sweeps with runs from each ρ; where 0.05 is not among those of the first, the second has it.
+RHO = {"fixed": ("small/rho-sophiag", "small/lr-sophiag"),
+       "to 0.3": ("small/rho-steered", "small/lr-steered"),
+       "to 0.15": ("small/target-0.15",), "to 0.1": ("small/target-0.1",)}
+
+
+def rho_runs(what):
+    """In the order of ρ."""
+    rate = RUNS[RHO[what][0]][0]["learning_rate"]
+    runs = [r for sweep in RHO[what] for r in RUNS[sweep] if r["learning_rate"] == rate]
     return sorted(runs, key=lambda r: r["rho"])
 
 
 def rho_table():
+    columns = {what: rho_runs(what) for what in RHO}
+    best = min(r["final_val_loss"] for r in columns["fixed"])
     rows = []
-    for fixed, steered in zip(rho_runs("sophiag"), rho_runs("steered")):
-        end = CURVES[steered["sweep"], steered["run"]][-1]
-        rows.append({"ρ at the start": f"{fixed['rho']:g}",
-                     "fixed": f"{fixed['final_val_loss']:.4f}",
-                     "win_rate at the end": f"{fixed['win_rate']:.2f}",
-                     "steered to 0.3": f"{steered['final_val_loss']:.4f}",
-                     "ρ at the end": f"{end[4]:.2f}"})
+    for runs in zip(*columns.values()):
+        rows.append({"ρ at the start": f"{runs[0]['rho']:g}"})
+        for what, r in zip(columns, runs):
+            title = what if what == "fixed" else f"steered {what}"
+            rows[-1][title] = f"{r['final_val_loss']:.4f} ({r['final_val_loss'] / best - 1:+.1%})"
+            if what == "fixed":
+                rows[-1]["its win_rate at the end"] = f"{r['win_rate']:.2f}"
+            else:
+                assert r["rho"] == runs[0]["rho"]
     return markdown(rows)
+
+
+def cost():
+    runs = [r for sweep in RUNS.values() for r in sweep]
+    hours = sum(float(r["seconds"]) for r in runs) / 3600
+    return (f"{len(runs)} runs: {hours:.1f} hours of training steps on one core each, evaluations "
+            f"not counted;\ntwo at a time.")
 
 
 def new_figure(width=7.5):
@@ -151,10 +175,8 @@ def finish(axis, **labels):
 def plot_rates(size, axis):
     """Final loss against learning rate, a line an arm; the lowest is filled."""
     lowest = []
-    for arm, name in ARMS.items():
-        runs = sorted((r for sweep in RUNS if sweep.startswith(f"{size}/lr-{arm}")
-                       for r in RUNS[sweep]), key=lambda r: r["learning_rate"])
-        colour, marker, line = STYLES[arm]
+    for name, sweep, (colour, marker, line) in arms(size):
+        runs = sorted(RUNS[sweep.replace("final", "lr")], key=lambda r: r["learning_rate"])
         xs, ys = ([r[k] for r in runs] for k in ("learning_rate", "final_val_loss"))
         axis.plot(xs, ys, line, color=colour, marker=marker, markerfacecolor="white",
                   label=name)
@@ -167,13 +189,11 @@ def plot_rates(size, axis):
 
 
 def plot_curves(size, axis, column):
-    for arm, name in ARMS.items():
-        sweep = f"{size}/final-{arm}"
+    for name, sweep, (colour, marker, line) in arms(size):
         curves = np.array([CURVES[sweep, r["run"]] for r in RUNS[sweep]])   # (seed, evaluation, 5)
         iters, values = curves[0, :, 0], curves[:, :, column]
         if np.isnan(values[:, 1:]).all():
             continue
-        colour, marker, line = STYLES[arm]
         axis.plot(iters, values.mean(0), line, color=colour, marker=marker, markersize=4,
                   label=name)
         axis.fill_between(iters, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
@@ -192,34 +212,43 @@ def insert(path, tables):
 
 def plot_rho(axis):
     """Final loss against the ρ at the start, fixed and steered."""
-    for arm in "sophiag", "steered":
-        runs, (colour, marker, line) = rho_runs(arm), STYLES[arm]
+    for what, style in zip(RHO, (STYLES["sophiag"], STYLES["steered"], ("#E69F00", "v", "-."),
+                                 ("#56B4E9", "D", "--"))):
+        runs, (colour, marker, line) = rho_runs(what), style
         axis.plot([r["rho"] for r in runs], [r["final_val_loss"] for r in runs], line, color=colour,
-                  marker=marker, label=ARMS[arm])
+                  marker=marker, label=what if what == "fixed" else f"steered {what}")
     axis.set_xscale("log")
     finish(axis, xlabel="ρ at the start", ylabel="final val loss (nats/byte)")
     axis.legend(frameon=False)
 
 
-def main():
+def plot_size(size):
+    """Learning rates and curves of one setting."""
     figure = new_figure()
     left, right = figure.subplots(1, 2)
-    plot_rates("small", left)
-    plot_curves("small", right, 2)
-    finish(right, xlabel="steps", ylabel="val loss (nats/byte)", ylim=(1.5, 3))
+    plot_rates(size, left)
+    plot_curves(size, right, 2)
+    low = losses(f"{size}/final-adamw").min()
+    finish(right, xlabel="steps", ylabel="val loss (nats/byte)", ylim=(low - 0.05, low + 1.4))
     figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=4,
                   frameon=False)
-    figure.savefig(os.path.join(RESULTS, "small.png"))
+    figure.savefig(os.path.join(RESULTS, f"{size}.png"))
+
+
+def main():
+    for size in SIZES:
+        plot_size(size)
     figure = new_figure()
     left, right = figure.subplots(1, 2)
     plot_rho(left)
     plot_curves("small", right, 3)
     finish(right, xlabel="steps", ylabel="win_rate, mean and range of 3 seeds", ylim=(0, 0.5))
     figure.savefig(os.path.join(RESULTS, "rho.png"))
-    final = final_table("small")
+    finals = {f"{size} final": final_table(size) for size in SIZES}
     insert(os.path.join(RESULTS, "README.md"),
-           {"final": final, "rho": rho_table(), "ablations": ablation_table()})
-    insert(os.path.join(os.path.dirname(RESULTS), "README.md"), {"final": final})
+           {**finals, "rho": rho_table(), "ablations": ablation_table(),
+            "cost": cost()})
+    insert(os.path.join(os.path.dirname(RESULTS), "README.md"), finals)
 
 
 if __name__ == "__main__":

@@ -69,3 +69,24 @@ sweep small/clip-adamw $small --seed=2,3,4 $adamw --learning_rate=8e-3 --grad_cl
 
 # Labels drawn with one noise for all sequences, as by ranks that are seeded alike.
 shared_noise small/half-shared $small $sophiag $half
+
+# Steering to lower targets, at which more is clipped.
+sweep small/target-0.15 $small --seed=1 $sophiag $half --target_win_rate=0.15 --rho=5e-3,0.05,0.5,5
+sweep small/target-0.1 $small --seed=1 $sophiag $half --target_win_rate=0.1 --rho=5e-3,0.05,0.5,5
+sweep small/half-target $small --seed=2,3,4 $sophiag $half --target_win_rate=0.1
+
+# The interval k; five times the warmup; AdamW with twice the steps, on a schedule of that length.
+sweep small/half-k1 $small --seed=2,3,4 $sophiag $half --hessian_interval=1
+sweep small/half-k100 $small --seed=2,3,4 $sophiag $half --hessian_interval=100
+sweep small/warm-sophiag $small --seed=2,3,4 $sophiag --learning_rate=4e-4 --warmup_iters=500
+sweep small/warm-adamw $small --seed=2,3,4 $adamw --learning_rate=8e-3 --warmup_iters=500
+sweep small/twice-adamw $small --seed=2,3,4 $adamw --learning_rate=8e-3 --max_iters=4000
+
+# Four times the batch, so four times the tokens: 8.2M, 25 for each parameter. The rest is the same.
+batch="$small --batch_size=32 --total_batch_size=32 --eval_iters=16"
+sweep batch/lr-adamw $batch --seed=1 $adamw --learning_rate=2e-3,4e-3,8e-3,1.6e-2,3.2e-2
+sweep batch/lr-lion $batch --seed=1 $lion --learning_rate=1e-4,2e-4,4e-4,8e-4,1.6e-3
+sweep batch/lr-sophiag $batch --seed=1 $sophiag --learning_rate=1e-4,2e-4,4e-4,8e-4,1.6e-3
+sweep batch/final-adamw $batch --seed=2,3,4 $adamw --learning_rate=8e-3
+sweep batch/final-sophiag $batch --seed=2,3,4 $sophiag --learning_rate=4e-4
+sweep batch/final-lion $batch --seed=2,3,4 $lion --learning_rate=4e-4

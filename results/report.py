@@ -115,6 +115,7 @@ def ablation_table():
             ("steered, empirical Fisher (true labels)", "half-fisher", steered),
             ("steered, Hutchinson (Sophia-H)", "half-hutchinson", steered),
             ("SophiaG, steered to 0.1", "half-target", fixed),
+            ("ρ 0.05, k = 100", "half-k100", fixed),
             ("h = 0: sign of the momentum", "half-sign", fixed),
             ("ρ 0.05, all sequences share label noise", "half-shared", fixed),
             ("AdamW, gradient clipped at 1/6", "clip-adamw", adamw)):

@@ -78,7 +78,7 @@ def main(argv):
     unfinished = args.out.rstrip("/") + ".tmp"
     for name, content in files.items():
         write_atomically(os.path.join(unfinished, name),
-                                    lambda file, content=content: file.write(content))
+                         lambda file, content=content: file.write(content))
     os.replace(unfinished, args.out)
     print(f"{path}, step {saved['step']}: wrote {args.out}. "
           f"AutoModelForCausalLM.from_pretrained({args.out!r}) loads it")

@@ -17,7 +17,7 @@ ARMS = {"adamw": "AdamW", "lion": "Lion", "sophiag": "SophiaG", "steered": "Soph
 STYLES = dict(zip(ARMS, (("#D55E00", "s", "--"), ("#009E73", "D", "-."), ("#0072B2", "o", "-"),
                          ("#CC79A7", "^", ":"))))
 NUMBERS = ("learning_rate", "rho", "target_win_rate", "final_val_loss", "win_rate", "grad_clip")
-SIZES = ("small", "batch")
+SIZES = ("small", "warm", "batch")
 SEEDS = ("2", "3", "4")   # 1 chose the learning rates
 
 
@@ -72,6 +72,13 @@ def steps_to(sweep, run, loss):
     return np.interp(-loss, -found[i], iters[i])
 
 
+def mean_steps(sweep, losses):
+    """Steps to losses, one for each of SEEDS: the mean over seeds."""
+    by_seed = {r["seed"]: r["run"] for r in RUNS[sweep]}
+    steps = [steps_to(sweep, by_seed[s], loss) for s, loss in zip(SEEDS, losses)]
+    return "not reached" if None in steps else f"{np.mean(steps):,.0f}"
+
+
 def markdown(rows):
     """A table of rows, dicts with the same keys."""
     lines = [rows[0], dict.fromkeys(rows[0], "---"), *rows]
@@ -86,19 +93,17 @@ def arms(size, part="final"):
 
 
 def final_table(size):
-    base, rows = losses(f"{size}/final-adamw"), []
+    base_sweep, rows = f"{size}/final-adamw", []
+    base = losses(base_sweep)
     for name, sweep, _ in arms(size):
         found, optimizer = losses(sweep), RUNS[sweep][0]["optimizer"]
         is_base = optimizer == "adamw"
-        reached = [steps_to(sweep, r["run"], base[SEEDS.index(r["seed"])]) for r in RUNS[sweep]]
-        steps = np.mean(reached) if None not in reached else None
-        whole = int(RUNS[sweep][0]["max_iters"])
         rows.append({
             "": name, "learning rate": f"{RUNS[sweep][0]['learning_rate']:g}",
             "final val loss": mean_and_spread(found),
             "difference to AdamW": "" if is_base else gap(found, base),
-            "steps to AdamW's": ("" if is_base else "not reached" if steps is None
-                                 else f"{steps:,.0f} ({whole / steps:.2f}x)"),
+            "steps to AdamW's loss": "" if is_base else mean_steps(sweep, base),
+            "AdamW's steps to its loss": "" if is_base else mean_steps(base_sweep, found),
             "win_rate at the end": win_rates(sweep)})
         if f"{size}/speed" in RUNS:
             ms, base_ms = ms_per_step(size, optimizer), ms_per_step(size, "adamw")

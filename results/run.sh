@@ -75,12 +75,18 @@ sweep small/target-0.15 $small --seed=1 $sophiag $half --target_win_rate=0.15 --
 sweep small/target-0.1 $small --seed=1 $sophiag $half --target_win_rate=0.1 --rho=5e-3,0.05,0.5,5
 sweep small/half-target $small --seed=2,3,4 $sophiag $half --target_win_rate=0.1
 
-# The interval k; five times the warmup; AdamW with twice the steps, on a schedule of that length.
+# The interval k; five times the warmup.
 sweep small/half-k1 $small --seed=2,3,4 $sophiag $half --hessian_interval=1
 sweep small/half-k100 $small --seed=2,3,4 $sophiag $half --hessian_interval=100
 sweep small/warm-sophiag $small --seed=2,3,4 $sophiag --learning_rate=4e-4 --warmup_iters=500
-sweep small/warm-adamw $small --seed=2,3,4 $adamw --learning_rate=8e-3 --warmup_iters=500
-sweep small/twice-adamw $small --seed=2,3,4 $adamw --learning_rate=8e-3 --max_iters=4000
+
+# Five times the warmup, for every arm; ρ is steered to 0.1 from here on.
+warm="$small --warmup_iters=500"
+steered="--optimizer=sophiag --target_win_rate=0.1"
+sweep warm/lr-adamw $warm --seed=1 $adamw --learning_rate=2e-3,4e-3,8e-3,1.6e-2,3.2e-2
+sweep warm/lr-lion $warm --seed=1 $lion --learning_rate=1e-4,2e-4,4e-4,8e-4,1.6e-3
+sweep warm/lr-sophiag $warm --seed=1 $sophiag --learning_rate=1e-4,2e-4,4e-4,8e-4,1.6e-3
+sweep warm/lr-steered $warm --seed=1 $steered --learning_rate=1e-4,2e-4,4e-4,8e-4,1.6e-3
 
 # Four times the batch, so four times the tokens: 8.2M, 25 for each parameter. The rest is the same.
 batch="$small --batch_size=32 --total_batch_size=32 --eval_iters=16"
@@ -90,3 +96,9 @@ sweep batch/lr-sophiag $batch --seed=1 $sophiag --learning_rate=1e-4,2e-4,4e-4,8
 sweep batch/final-adamw $batch --seed=2,3,4 $adamw --learning_rate=8e-3
 sweep batch/final-sophiag $batch --seed=2,3,4 $sophiag --learning_rate=4e-4
 sweep batch/final-lion $batch --seed=2,3,4 $lion --learning_rate=4e-4
+
+# 3.1M parameters without embeddings; learning rates a factor of 2 lower.
+medium="$warm --n_layer=4 --n_head=4 --n_embd=256 --eval_interval=400"
+sweep medium/lr-adamw $medium --seed=1 $adamw --learning_rate=1e-3,2e-3,4e-3,8e-3,1.6e-2
+sweep medium/lr-sophiag $medium --seed=1 $sophiag --learning_rate=5e-5,1e-4,2e-4,4e-4,8e-4
+sweep medium/lr-lion $medium --seed=1 $lion --learning_rate=5e-5,1e-4,2e-4,4e-4,8e-4

@@ -87,6 +87,14 @@ sweep warm/lr-adamw $warm --seed=1 $adamw --learning_rate=2e-3,4e-3,8e-3,1.6e-2,
 sweep warm/lr-lion $warm --seed=1 $lion --learning_rate=1e-4,2e-4,4e-4,8e-4,1.6e-3
 sweep warm/lr-sophiag $warm --seed=1 $sophiag --learning_rate=1e-4,2e-4,4e-4,8e-4,1.6e-3
 sweep warm/lr-steered $warm --seed=1 $steered --learning_rate=1e-4,2e-4,4e-4,8e-4,1.6e-3
+sweep warm/final-lion $warm --seed=2,3,4 $lion --learning_rate=8e-4
+sweep warm/final-sophiag $warm --seed=2,3,4 $sophiag --learning_rate=8e-4
+
+# Half of all steps are warmup.
+long="$small --warmup_iters=1000"
+sweep long/lr-adamw $long --seed=1 $adamw --learning_rate=8e-3,1.6e-2
+sweep long/lr-lion $long --seed=1 $lion --learning_rate=8e-4,1.6e-3
+sweep long/lr-sophiag $long --seed=1 $sophiag --learning_rate=8e-4,1.6e-3
 
 # Four times the batch, so four times the tokens: 8.2M, 25 for each parameter. The rest is the same.
 batch="$small --batch_size=32 --total_batch_size=32 --eval_iters=16"
@@ -96,9 +104,3 @@ sweep batch/lr-sophiag $batch --seed=1 $sophiag --learning_rate=1e-4,2e-4,4e-4,8
 sweep batch/final-adamw $batch --seed=2,3,4 $adamw --learning_rate=8e-3
 sweep batch/final-sophiag $batch --seed=2,3,4 $sophiag --learning_rate=4e-4
 sweep batch/final-lion $batch --seed=2,3,4 $lion --learning_rate=4e-4
-
-# 3.1M parameters without embeddings; learning rates a factor of 2 lower.
-medium="$warm --n_layer=4 --n_head=4 --n_embd=256 --eval_interval=400"
-sweep medium/lr-adamw $medium --seed=1 $adamw --learning_rate=1e-3,2e-3,4e-3,8e-3,1.6e-2
-sweep medium/lr-sophiag $medium --seed=1 $sophiag --learning_rate=5e-5,1e-4,2e-4,4e-4,8e-4
-sweep medium/lr-lion $medium --seed=1 $lion --learning_rate=5e-5,1e-4,2e-4,4e-4,8e-4

@@ -87,8 +87,30 @@ sweep warm/lr-adamw $warm --seed=1 $adamw --learning_rate=2e-3,4e-3,8e-3,1.6e-2,
 sweep warm/lr-lion $warm --seed=1 $lion --learning_rate=1e-4,2e-4,4e-4,8e-4,1.6e-3
 sweep warm/lr-sophiag $warm --seed=1 $sophiag --learning_rate=1e-4,2e-4,4e-4,8e-4,1.6e-3
 sweep warm/lr-steered $warm --seed=1 $steered --learning_rate=1e-4,2e-4,4e-4,8e-4,1.6e-3
+sweep warm/final-adamw $warm --seed=2,3,4 $adamw --learning_rate=8e-3
 sweep warm/final-lion $warm --seed=2,3,4 $lion --learning_rate=8e-4
 sweep warm/final-sophiag $warm --seed=2,3,4 $sophiag --learning_rate=8e-4
+sweep warm/final-steered $warm --seed=2,3,4 $steered --learning_rate=8e-4
+
+# As long as SophiaG's 2,000 steps take, which are 9% slower; and twice the steps. Each on a full
+# schedule of its own, a quarter of it warmup.
+equal_time="$warm --max_iters=2180 --warmup_iters=545 --eval_interval=218"
+twice="$warm --max_iters=4000 --warmup_iters=1000 --eval_interval=400"
+sweep warm/time-adamw $equal_time --seed=2,3,4 $adamw --learning_rate=8e-3
+sweep warm/twice-adamw $twice --seed=2,3,4 $adamw --learning_rate=8e-3
+sweep warm/twice-sophiag $twice --seed=2,3,4 $sophiag --learning_rate=8e-4
+
+# ρ, estimators and faults as above, at the learning rate that is SophiaG's best here.
+best=--learning_rate=8e-4
+sweep warm/rho-sophiag $warm --seed=1 $sophiag $best --rho=5e-3,0.5,5
+sweep warm/rho-steered $warm --seed=1 $steered $best --rho=5e-3,0.5,5
+sweep warm/sign $warm --seed=2,3,4 $sophiag $best --hessian_interval=1000000
+sweep warm/k1 $warm --seed=2,3,4 $sophiag $best --hessian_interval=1
+sweep warm/k100 $warm --seed=2,3,4 $sophiag $best --hessian_interval=100
+sweep warm/fisher $warm --seed=2,3,4 $steered $best --hessian_estimator=empirical_fisher
+sweep warm/hutchinson $warm --seed=2,3,4 $steered $best --hessian_estimator=hutchinson
+sweep warm/clip $warm --seed=2,3,4 $adamw --learning_rate=8e-3 --grad_clip=0.16667
+shared_noise warm/shared $warm $sophiag $best
 
 # Half of all steps are warmup.
 long="$small --warmup_iters=1000"
@@ -104,3 +126,17 @@ sweep batch/lr-sophiag $batch --seed=1 $sophiag --learning_rate=1e-4,2e-4,4e-4,8
 sweep batch/final-adamw $batch --seed=2,3,4 $adamw --learning_rate=8e-3
 sweep batch/final-sophiag $batch --seed=2,3,4 $sophiag --learning_rate=4e-4
 sweep batch/final-lion $batch --seed=2,3,4 $lion --learning_rate=4e-4
+
+# 3.1M parameters without embeddings, half the steps, a quarter of them warmup.
+medium="$small --n_layer=4 --n_head=4 --n_embd=256 --max_iters=1000 --warmup_iters=250 --eval_interval=100"
+sweep medium/lr-adamw $medium --seed=1 $adamw --learning_rate=1e-3,2e-3,4e-3,8e-3,1.6e-2
+sweep medium/lr-lion $medium --seed=1 $lion --learning_rate=1e-4,2e-4,4e-4,8e-4,1.6e-3
+sweep medium/lr-sophiag $medium --seed=1 $sophiag --learning_rate=1e-4,2e-4,4e-4,8e-4,1.6e-3
+sweep medium/lr-steered $medium --seed=1 $steered --learning_rate=1e-4,2e-4,4e-4,8e-4,1.6e-3
+
+# The quickstart's learning rates, with a quarter of its steps as warmup.
+for arm in adamw lion sophiag; do
+    rates=4e-4,8e-4,1.6e-3
+    [[ $arm == adamw ]] && rates=4e-3,8e-3,1.6e-2
+    sweep quickstart/lr-$arm config/quickstart_$arm.py --warmup_iters=300 --seed=1 --learning_rate=$rates
+done

@@ -92,13 +92,17 @@ sweep warm/final-lion $warm --seed=2,3,4 $lion --learning_rate=8e-4
 sweep warm/final-sophiag $warm --seed=2,3,4 $sophiag --learning_rate=8e-4
 sweep warm/final-steered $warm --seed=2,3,4 $steered --learning_rate=8e-4
 
-# As long as SophiaG's 2,000 steps take, which are 9% slower; and twice the steps. Each on a full
-# schedule of its own, a quarter of it warmup.
+# As long as SophiaG's 2,000 steps take, which are 9% slower; twice and four times the steps. Each on
+# a full schedule of its own, a quarter of it warmup.
 equal_time="$warm --max_iters=2180 --warmup_iters=545 --eval_interval=218"
 twice="$warm --max_iters=4000 --warmup_iters=1000 --eval_interval=400"
+four="$warm --max_iters=8000 --warmup_iters=2000 --eval_interval=800"
 sweep warm/time-adamw $equal_time --seed=2,3,4 $adamw --learning_rate=8e-3
 sweep warm/twice-adamw $twice --seed=2,3,4 $adamw --learning_rate=8e-3
 sweep warm/twice-sophiag $twice --seed=2,3,4 $sophiag --learning_rate=8e-4
+sweep warm/four-adamw $four --seed=2,3,4 $adamw --learning_rate=8e-3
+sweep warm/four-lion $four --seed=2,3,4 $lion --learning_rate=8e-4
+sweep warm/four-sophiag $four --seed=2,3,4 $sophiag --learning_rate=8e-4
 
 # ρ, estimators and faults as above, at the learning rate that is SophiaG's best here.
 best=--learning_rate=8e-4

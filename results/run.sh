@@ -103,6 +103,9 @@ sweep warm/twice-sophiag $twice --seed=2,3,4 $sophiag --learning_rate=8e-4
 sweep warm/four-adamw $four --seed=2,3,4 $adamw --learning_rate=8e-3
 sweep warm/four-lion $four --seed=2,3,4 $lion --learning_rate=8e-4
 sweep warm/four-sophiag $four --seed=2,3,4 $sophiag --learning_rate=8e-4
+# Whether other learning rates are better at that length.
+sweep warm/four-lr-adamw $four --seed=2 $adamw --learning_rate=4e-3,1.6e-2
+sweep warm/four-lr-sophiag $four --seed=2 $sophiag --learning_rate=4e-4,1.6e-3
 
 # ρ, estimators and faults as above, at the learning rate that is SophiaG's best here.
 best=--learning_rate=8e-4
@@ -134,13 +137,12 @@ sweep batch/final-lion $batch --seed=2,3,4 $lion --learning_rate=4e-4
 # 3.1M parameters without embeddings, half the steps, a quarter of them warmup.
 medium="$small --n_layer=4 --n_head=4 --n_embd=256 --max_iters=1000 --warmup_iters=250 --eval_interval=100"
 sweep medium/lr-adamw $medium --seed=1 $adamw --learning_rate=1e-3,2e-3,4e-3,8e-3,1.6e-2
-sweep medium/lr-lion $medium --seed=1 $lion --learning_rate=1e-4,2e-4,4e-4,8e-4,1.6e-3
 sweep medium/lr-sophiag $medium --seed=1 $sophiag --learning_rate=1e-4,2e-4,4e-4,8e-4,1.6e-3
-sweep medium/lr-steered $medium --seed=1 $steered --learning_rate=1e-4,2e-4,4e-4,8e-4,1.6e-3
+sweep medium/final-adamw $medium --seed=2,3,4 $adamw --learning_rate=2e-3
+sweep medium/final-sophiag $medium --seed=2,3,4 $sophiag --learning_rate=2e-4
 
 # The quickstart's learning rates, with a quarter of its steps as warmup.
-for arm in adamw lion sophiag; do
-    rates=4e-4,8e-4,1.6e-3
-    [[ $arm == adamw ]] && rates=4e-3,8e-3,1.6e-2
-    sweep quickstart/lr-$arm config/quickstart_$arm.py --warmup_iters=300 --seed=1 --learning_rate=$rates
-done
+quickstart="--warmup_iters=300 --seed=1"
+sweep quickstart/lr-adamw config/quickstart_adamw.py $quickstart --learning_rate=4e-3,8e-3
+sweep quickstart/lr-lion config/quickstart_lion.py $quickstart --learning_rate=4e-4,8e-4
+sweep quickstart/lr-sophiag config/quickstart_sophiag.py $quickstart --learning_rate=4e-4,8e-4

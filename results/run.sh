@@ -136,6 +136,7 @@ sweep batch/final-lion $batch --seed=2,3,4 $lion --learning_rate=4e-4
 
 # 3.1M parameters without embeddings, half the steps, a quarter of them warmup.
 medium="$small --n_layer=4 --n_head=4 --n_embd=256 --max_iters=1000 --warmup_iters=250 --eval_interval=100"
+sweep medium/speed $medium --seed=1,2,3 --optimizer=adamw,sophiag --max_iters=100 --warmup_iters=25
 sweep medium/lr-adamw $medium --seed=1 $adamw --learning_rate=1e-3,2e-3,4e-3,8e-3,1.6e-2
 sweep medium/lr-sophiag $medium --seed=1 $sophiag --learning_rate=1e-4,2e-4,4e-4,8e-4,1.6e-3
 sweep medium/final-adamw $medium --seed=2,3,4 $adamw --learning_rate=2e-3

@@ -17,7 +17,9 @@ ARMS = {"adamw": "AdamW", "lion": "Lion", "sophiag": "SophiaG", "steered": "Soph
 STYLES = dict(zip(ARMS, (("#D55E00", "s", "--"), ("#009E73", "D", "-."), ("#0072B2", "o", "-"),
                          ("#CC79A7", "^", ":"))))
 NUMBERS = ("learning_rate", "rho", "target_win_rate", "final_val_loss", "win_rate", "grad_clip")
-SIZES = ("small", "warm", "batch")
+SIZES = {"warm": ("0.3M", "small"), "medium": ("3.1M", "medium")}   # title, where its speed is
+SETTINGS = {"small": "1,024 tokens a step, warmup 100", "warm": "1,024 tokens, warmup 500",
+            "long": "1,024 tokens, warmup 1,000", "batch": "4,096 tokens, warmup 100"}
 SEEDS = ("2", "3", "4")   # 1 chose the learning rates
 
 
@@ -32,11 +34,12 @@ for row in read("runs.csv"):
 for row in read("curves.csv"):
     values = (float(v or "nan") for v in list(row.values())[2:])
     CURVES[row["sweep"], row["run"]].append(tuple(values))   # iter, seconds, loss, win_rate, rho
+LOSS, WIN_RATE = 2, 3   # columns of CURVES
 
 
 def losses(sweep):
     """Final losses of a sweep over SEEDS, (3,); None unless all are there."""
-    by_seed = {r["seed"]: r["final_val_loss"] for r in RUNS[sweep]}
+    by_seed = {r["seed"]: r["final_val_loss"] for r in RUNS.get(sweep, [])}
     return np.array([by_seed[s] for s in SEEDS]) if set(SEEDS) <= set(by_seed) else None
 
 
@@ -92,74 +95,121 @@ def arms(size, part="final"):
             if (sweep := f"{size}/{part}-{arm}") in RUNS]
 
 
-def final_table(size):
-    base_sweep, rows = f"{size}/final-adamw", []
-    base = losses(base_sweep)
-    for name, sweep, _ in arms(size):
-        found, optimizer = losses(sweep), RUNS[sweep][0]["optimizer"]
-        is_base = optimizer == "adamw"
-        rows.append({
-            "": name, "learning rate": f"{RUNS[sweep][0]['learning_rate']:g}",
-            "final val loss": mean_and_spread(found),
-            "difference to AdamW": "" if is_base else gap(found, base),
-            "steps to AdamW's loss": "" if is_base else mean_steps(sweep, base),
-            "AdamW's steps to its loss": "" if is_base else mean_steps(base_sweep, found),
-            "win_rate at the end": win_rates(sweep)})
-        if f"{size}/speed" in RUNS:
-            ms, base_ms = ms_per_step(size, optimizer), ms_per_step(size, "adamw")
+def final_table():
+    rows = []
+    for size, (title, speed) in SIZES.items():
+        base_sweep = f"{size}/final-adamw"
+        base, base_ms = losses(base_sweep), ms_per_step(speed, "adamw")
+        for name, sweep, _ in arms(size):
+            found, optimizer = losses(sweep), RUNS[sweep][0]["optimizer"]
+            is_base = optimizer == "adamw"
+            ms = ms_per_step(speed, optimizer)
             more = "" if is_base else f" ({ms / base_ms - 1:+.0%})"
-            rows[-1]["time of a step"] = f"{ms:.0f} ms{more}"
+            rows.append({
+                "": f"**{title}**, {name}" if is_base else name,
+                "learning rate": f"{RUNS[sweep][0]['learning_rate']:g}",
+                "final val loss": mean_and_spread(found),
+                "difference to AdamW": "" if is_base else gap(found, base),
+                "AdamW is there at step": "" if is_base else mean_steps(base_sweep, found),
+                "win_rate at the end": win_rates(sweep), "time of a step": f"{ms:.0f} ms{more}"})
     return markdown(rows)
 
 
+def settings_table():
+    """A row for each schedule and batch of the small model, its losses by optimizer."""
+    rows = []
+    for size, title in SETTINGS.items():
+        rows.append({"": title})
+        for arm, name in ARMS.items():
+            cell, final, rates = "", f"{size}/final-{arm}", f"{size}/lr-{arm}"
+            if final in RUNS:
+                cell = f"{mean_and_spread(losses(final))} at {RUNS[final][0]['learning_rate']:g}"
+            elif rates in RUNS:
+                best = min(RUNS[rates], key=lambda r: r["final_val_loss"])
+                cell = f"({best['final_val_loss']:.4f} at {best['learning_rate']:g})"
+            rows[-1][name] = cell
+    return markdown(rows)
+
+
+def budget_table():
+    """The small model at equal steps, at equal time, and with more steps."""
+    rows = []
+    for part, others in (("final", "final"), ("time", "final"), ("twice", "final"),
+                         ("twice", "twice"), ("four", "four"), ("low", "four")):
+        adamw = RUNS[f"warm/{part}-adamw"][0]
+        base = losses(f"warm/{part}-adamw")
+        row = {"AdamW's steps": f"{int(adamw['max_iters']):,}",
+               "learning rate": f"{adamw['learning_rate']:g}", "final val loss":
+               mean_and_spread(base),
+               "the others' steps": f"{int(RUNS[f'warm/{others}-sophiag'][0]['max_iters']):,}"}
+        for arm in "lion", "sophiag":
+            found = losses(f"warm/{others}-{arm}")
+            row[ARMS[arm]] = "" if found is None else gap(found, base)
+        rows.append(row)
+    return markdown(rows)
+
+
+ABLATIONS = (   # name, sweeps in "small" and "warm", compared with
+    ("SophiaG, ρ 0.05", "half-sophiag", "final-sophiag", None),
+    ("SophiaG, steered to 0.1", "half-target", "final-steered", "SophiaG, ρ 0.05"),
+    ("SophiaG, steered to 0.3", "half-steered", None, "SophiaG, ρ 0.05"),
+    ("k = 1", "half-k1", "k1", "SophiaG, ρ 0.05"),
+    ("k = 100", "half-k100", "k100", "SophiaG, ρ 0.05"),
+    ("h = 0: sign of the momentum", "half-sign", "sign", "SophiaG, ρ 0.05"),
+    ("steered, Hutchinson (Sophia-H)", "half-hutchinson", "hutchinson", "steered GNB"),
+    ("steered, empirical Fisher (true labels)", "half-fisher", "fisher", "steered GNB"),
+    ("all sequences share label noise", "half-shared", "shared", "SophiaG, ρ 0.05"),
+    ("AdamW, 8e-3", "final-adamw", "final-adamw", None),
+    ("AdamW, gradient clipped at 1/6", "clip-adamw", "clip", "AdamW, 8e-3"))
+
+
 def ablation_table():
-    fixed, steered, adamw = "SophiaG, ρ 0.05", "SophiaG, steered to 0.3", "AdamW"
-    sweeps = {fixed: "half-sophiag", steered: "half-steered", adamw: "final-adamw"}
-    rows = [(fixed, None), (steered, fixed)]
-    for what, sweep, base in (
-            ("steered, empirical Fisher (true labels)", "half-fisher", steered),
-            ("steered, Hutchinson (Sophia-H)", "half-hutchinson", steered),
-            ("SophiaG, steered to 0.1", "half-target", fixed),
-            ("ρ 0.05, k = 100", "half-k100", fixed),
-            ("h = 0: sign of the momentum", "half-sign", fixed),
-            ("ρ 0.05, all sequences share label noise", "half-shared", fixed),
-            ("AdamW, gradient clipped at 1/6", "clip-adamw", adamw)):
-        sweeps[what] = sweep
-        rows.append((what, base))
-    found = {what: losses(f"small/{sweep}") for what, sweep in sweeps.items()}
-    return markdown([{"": what, "final val loss": mean_and_spread(found[what]),
-                      "win_rate at the end": win_rates(f"small/{sweeps[what]}"),
-                      "compared with": base or "",
-                      "difference": gap(found[what], found[base]) if base else ""}
-                     for what, base in rows])
+    """Differences to what each is compared with, at two schedules. Steered arms are compared with
+    GNB steered to the same win_rate: 0.3 with the short warmup, 0.1 with the long one."""
+    sweeps = {name: (f"small/{small}", f"warm/{warm}") for name, small, warm, _ in ABLATIONS}
+    sweeps["steered GNB"] = "small/half-steered", "warm/final-steered"
+    rows = []
+    for name, *_, base in ABLATIONS:
+        rows.append({"": name, "compared with": base or ""})
+        for i, title in enumerate(("warmup 100, learning rate 2e-4", "warmup 500, 8e-4")):
+            found = losses(sweeps[name][i])
+            cell = "" if found is None else (
+                gap(found, losses(sweeps[base][i])) if base else mean_and_spread(found))
+            rows[-1][title] = cell
+            rates = win_rates(sweeps[name][i])
+            rows[-1]["win_rate" + " " * i] = rates
+    return markdown(rows)
 
 
-# Sweeps with runs from each ρ; where 0.05 is not among those of the first, the second has it.
-RHO = {"fixed": ("small/rho-sophiag", "small/lr-sophiag"),
-       "to 0.3": ("small/rho-steered", "small/lr-steered"),
-       "to 0.15": ("small/target-0.15",), "to 0.1": ("small/target-0.1",)}
+# Sweeps with runs from each ρ: their learning rate, and, where 0.05 is not among those of the
+# first, the sweep that has it. Percentages are of the best of the "fixed" before them.
+RHO = {"fixed": (8e-4, "warm/rho-sophiag", "warm/lr-sophiag"),
+       "steered to 0.3": (8e-4, "warm/target-0.3"),
+       "steered to 0.1": (8e-4, "warm/rho-steered", "warm/lr-steered"),
+       "warmup 100: fixed": (2e-4, "small/rho-sophiag", "small/lr-sophiag"),
+       "to 0.3": (2e-4, "small/rho-steered", "small/lr-steered"),
+       "to 0.15": (2e-4, "small/target-0.15"), "to 0.1": (2e-4, "small/target-0.1")}
 
 
 def rho_runs(what):
     """In the order of ρ."""
-    rate = RUNS[RHO[what][0]][0]["learning_rate"]
-    runs = [r for sweep in RHO[what] for r in RUNS[sweep] if r["learning_rate"] == rate]
-    return sorted(runs, key=lambda r: r["rho"])
+    rate, *sweeps = RHO[what]
+    return sorted((r for sweep in sweeps for r in RUNS[sweep] if r["learning_rate"] == rate),
+                  key=lambda r: r["rho"])
 
 
 def rho_table():
-    columns = {what: rho_runs(what) for what in RHO}
-    best = min(r["final_val_loss"] for r in columns["fixed"])
-    rows = []
-    for runs in zip(*columns.values()):
-        rows.append({"ρ at the start": f"{runs[0]['rho']:g}"})
-        for what, r in zip(columns, runs):
-            title = what if what == "fixed" else f"steered {what}"
-            rows[-1][title] = f"{r['final_val_loss']:.4f} ({r['final_val_loss'] / best - 1:+.1%})"
-            if what == "fixed":
-                rows[-1]["its win_rate at the end"] = f"{r['win_rate']:.2f}"
-            else:
-                assert r["rho"] == runs[0]["rho"]
+    columns, rows = {what: rho_runs(what) for what in RHO}, []
+    for i, first in enumerate(columns["fixed"]):
+        rows.append({"ρ at the start": f"{first['rho']:g}"})
+        for what, runs in columns.items():
+            r = runs[i]
+            assert r["rho"] == first["rho"], f"{what}: not the same ρ"
+            if "fixed" in what:
+                best = min(run["final_val_loss"] for run in runs)
+            rows[-1][what] = f"{r['final_val_loss']:.4f} ({r['final_val_loss'] / best - 1:+.1%})"
+            if "fixed" in what:
+                rows[-1]["win_rate" + " " * len(rows[-1])] = f"{r['win_rate']:.2f}"
     return markdown(rows)
 
 
@@ -170,8 +220,9 @@ def cost():
             f"not counted;\ntwo at a time.")
 
 
-def new_figure(width=7.5):
-    return Figure(figsize=(width, 3.2), dpi=160, layout="constrained")
+def new_figure(rows=1, columns=2):
+    figure = Figure(figsize=(3.8 * columns, 0.3 + 2.9 * rows), dpi=160, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def finish(axis, **labels):
@@ -180,7 +231,14 @@ def finish(axis, **labels):
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def plot_rates(size, axis):
+def save(figure, axis, name):
+    """With one legend, of what is in axis."""
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=4,
+                  frameon=False)
+    figure.savefig(os.path.join(RESULTS, name))
+
+
+def plot_rates(size, title, axis):
     """Final loss against learning rate, a line an arm; the lowest is filled."""
     lowest = []
     for name, sweep, (colour, marker, line) in arms(size, "lr"):
@@ -192,7 +250,7 @@ def plot_rates(size, axis):
         axis.plot(xs[i], ys[i], marker, color=colour)
         lowest.append(ys[i])
     axis.set(xscale="log", ylim=(min(lowest) - 0.03, max(lowest) + 0.35))
-    finish(axis, xlabel="peak learning rate (filled: the best)",
+    finish(axis, title=title, xlabel="peak learning rate (filled: the best)",
            ylabel="final val loss (nats/byte)")
 
 
@@ -207,6 +265,51 @@ def plot_curves(size, axis, column):
         axis.fill_between(iters, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
 
 
+def plot_losses():
+    """Learning rates and curves of the finals, a row for each size."""
+    figure, axes = new_figure(rows=len(SIZES))
+    for (size, (title, _)), (left, right) in zip(SIZES.items(), axes):
+        plot_rates(size, f"{title} parameters, seed 1", left)
+        plot_curves(size, right, LOSS)
+        low = losses(f"{size}/final-adamw").min()
+        finish(right, title=f"{title}: mean and range of 3 seeds", xlabel="steps",
+               ylabel="val loss (nats/byte)", ylim=(low - 0.05, low + 1.2))
+    save(figure, axes[0, 0], "losses.png")
+
+
+def plot_warmups():
+    """Learning rates of the small model at other batches and warmups; not of a mere two."""
+    figure, (axes,) = new_figure(columns=3)
+    for size, axis in zip(("small", "warm", "batch"), axes):
+        plot_rates(size, SETTINGS[size], axis)
+    save(figure, axes[0], "warmup.png")
+
+
+def plot_rho():
+    """Final loss against the ρ at the start, fixed and steered; win_rate on the way."""
+    figure, (axes,) = new_figure(columns=3)
+    styles = {"fixed": STYLES["sophiag"], "to 0.3": STYLES["steered"],
+              "to 0.15": ("#E69F00", "v", "-."), "to 0.1": ("#56B4E9", "D", "--")}
+    names = list(RHO)
+    for axis, group, title in ((axes[0], names[:3], "warmup 500, learning rate 8e-4"),
+                               (axes[1], names[3:], "warmup 100, learning rate 2e-4")):
+        for what in group:
+            label = what.removeprefix("warmup 100: ").removeprefix("steered ")
+            colour, marker, line = styles[label]
+            runs = rho_runs(what)
+            axis.plot([r["rho"] for r in runs], [r["final_val_loss"] for r in runs], line,
+                      color=colour, marker=marker,
+                      label=label if label == "fixed" else f"steered {label}")
+        axis.set_xscale("log")
+        finish(axis, title=title, xlabel="ρ at the start", ylabel="final val loss (nats/byte)")
+        axis.legend(frameon=False)
+    plot_curves("warm", axes[2], WIN_RATE)
+    finish(axes[2], title="warmup 500: mean and range of 3 seeds", xlabel="steps",
+           ylabel="win_rate", ylim=(0, 0.5))
+    axes[2].legend(frameon=False)
+    figure.savefig(os.path.join(RESULTS, "rho.png"))
+
+
 def insert(path, tables):
     with open(path, encoding="utf-8") as file:
         text = file.read()
@@ -218,46 +321,15 @@ def insert(path, tables):
         file.write(text)
 
 
-def plot_rho(axis):
-    """Final loss against the ρ at the start, fixed and steered."""
-    for what, style in zip(RHO, (STYLES["sophiag"], STYLES["steered"], ("#E69F00", "v", "-."),
-                                 ("#56B4E9", "D", "--"))):
-        runs, (colour, marker, line) = rho_runs(what), style
-        axis.plot([r["rho"] for r in runs], [r["final_val_loss"] for r in runs], line, color=colour,
-                  marker=marker, label=what if what == "fixed" else f"steered {what}")
-    axis.set_xscale("log")
-    finish(axis, xlabel="ρ at the start", ylabel="final val loss (nats/byte)")
-    axis.legend(frameon=False)
-
-
-def plot_size(size):
-    """Learning rates and curves of one setting."""
-    figure = new_figure()
-    left, right = figure.subplots(1, 2)
-    plot_rates(size, left)
-    plot_curves(size, right, 2)
-    low = losses(f"{size}/final-adamw").min()
-    finish(right, xlabel="steps", ylabel="val loss (nats/byte)", ylim=(low - 0.05, low + 1.4))
-    figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=4,
-                  frameon=False)
-    figure.savefig(os.path.join(RESULTS, f"{size}.png"))
-
-
 def main():
-    for size in SIZES:
-        plot_size(size)
-    figure = new_figure()
-    left, right = figure.subplots(1, 2)
-    plot_rho(left)
-    plot_curves("small", right, 3)
-    finish(right, xlabel="steps", ylabel="win_rate, mean and range of 3 seeds", ylim=(0, 0.5))
-    figure.savefig(os.path.join(RESULTS, "rho.png"))
-    finals = {f"{size} final": final_table(size) for size in SIZES}
+    plot_losses()
+    plot_warmups()
+    plot_rho()
+    finals = final_table()
     insert(os.path.join(RESULTS, "README.md"),
-           {**finals, "rho": rho_table(), "ablations": ablation_table(),
-            "cost": cost()})
-    insert(os.path.join(os.path.dirname(RESULTS), "README.md"),
-           {"small final": finals["small final"]})
+           {"finals": finals, "budgets": budget_table(), "warmup": settings_table(),
+            "rho": rho_table(), "ablations": ablation_table(), "cost": cost()})
+    insert(os.path.join(os.path.dirname(RESULTS), "README.md"), {"finals": finals})
 
 
 if __name__ == "__main__":

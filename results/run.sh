@@ -106,11 +106,13 @@ sweep warm/four-sophiag $four --seed=2,3,4 $sophiag --learning_rate=8e-4
 # Whether other learning rates are better at that length.
 sweep warm/four-lr-adamw $four --seed=2 $adamw --learning_rate=4e-3,1.6e-2
 sweep warm/four-lr-sophiag $four --seed=2 $sophiag --learning_rate=4e-4,1.6e-3
+sweep warm/low-adamw $four --seed=2,3,4 $adamw --learning_rate=4e-3
 
 # ρ, estimators and faults as above, at the learning rate that is SophiaG's best here.
 best=--learning_rate=8e-4
 sweep warm/rho-sophiag $warm --seed=1 $sophiag $best --rho=5e-3,0.5,5
 sweep warm/rho-steered $warm --seed=1 $steered $best --rho=5e-3,0.5,5
+sweep warm/target-0.3 $warm --seed=1 $sophiag $best --target_win_rate=0.3 --rho=5e-3,0.05,0.5,5
 sweep warm/sign $warm --seed=2,3,4 $sophiag $best --hessian_interval=1000000
 sweep warm/k1 $warm --seed=2,3,4 $sophiag $best --hessian_interval=1
 sweep warm/k100 $warm --seed=2,3,4 $sophiag $best --hessian_interval=100
@@ -142,8 +144,5 @@ sweep medium/lr-sophiag $medium --seed=1 $sophiag --learning_rate=1e-4,2e-4,4e-4
 sweep medium/final-adamw $medium --seed=2,3,4 $adamw --learning_rate=2e-3
 sweep medium/final-sophiag $medium --seed=2,3,4 $sophiag --learning_rate=2e-4
 
-# The quickstart's learning rates, with a quarter of its steps as warmup.
-quickstart="--warmup_iters=300 --seed=1"
-sweep quickstart/lr-adamw config/quickstart_adamw.py $quickstart --learning_rate=4e-3,8e-3
-sweep quickstart/lr-lion config/quickstart_lion.py $quickstart --learning_rate=4e-4,8e-4
-sweep quickstart/lr-sophiag config/quickstart_sophiag.py $quickstart --learning_rate=4e-4,8e-4
+# The quickstart, with a quarter of its steps as warmup.
+sweep quickstart/lr-sophiag config/quickstart_sophiag.py --warmup_iters=300 --seed=1 --learning_rate=4e-4,8e-4

@@ -139,8 +139,8 @@ def budget_table():
         adamw = RUNS[f"warm/{part}-adamw"][0]
         base = losses(f"warm/{part}-adamw")
         row = {"AdamW's steps": f"{int(adamw['max_iters']):,}",
-               "learning rate": f"{adamw['learning_rate']:g}", "final val loss":
-               mean_and_spread(base),
+               "its learning rate": f"{adamw['learning_rate']:g}",
+               "its final val loss": mean_and_spread(base),
                "the others' steps": f"{int(RUNS[f'warm/{others}-sophiag'][0]['max_iters']):,}"}
         for arm in "lion", "sophiag":
             found = losses(f"warm/{others}-{arm}")
@@ -304,7 +304,7 @@ def plot_rho():
         finish(axis, title=title, xlabel="ρ at the start", ylabel="final val loss (nats/byte)")
         axis.legend(frameon=False)
     plot_curves("warm", axes[2], WIN_RATE)
-    finish(axes[2], title="warmup 500: mean and range of 3 seeds", xlabel="steps",
+    finish(axes[2], title="ρ 0.05, and steered to 0.1: 3 seeds", xlabel="steps",
            ylabel="win_rate", ylim=(0, 0.5))
     axes[2].legend(frameon=False)
     figure.savefig(os.path.join(RESULTS, "rho.png"))

@@ -143,7 +143,7 @@ def test_a_stopped_preparation_goes_on(shards, expected, tmp_path, number):
             time.sleep(rng.uniform(0.01, 0.05))
             if (tmp_path / "unfinished.json").exists() and (
                     tmp_path / "unfinished.json").read_text() != before:
-                time.sleep(rng.uniform(0, 0.3))
+                time.sleep(rng.uniform(0, 0.05))
                 process.send_signal(number)
                 break
         output, errors = process.communicate(timeout=120)

@@ -61,7 +61,7 @@ def ms_per_step(size, optimizer):
 
 def win_rates(sweep):
     """Smallest and largest at the end of a run; "" where there is none."""
-    found = [r["win_rate"] for r in RUNS[sweep] if r["win_rate"] == r["win_rate"]]
+    found = [r["win_rate"] for r in RUNS.get(sweep, []) if r["win_rate"] == r["win_rate"]]
     return f"{min(found):.2f}-{max(found):.2f}" if found else ""
 
 
@@ -83,7 +83,7 @@ def mean_steps(sweep, losses):
 
 
 def markdown(rows):
-    """A table of rows, dicts with the same keys."""
+    """A table of rows, dicts with the same keys; two columns of one title differ in spaces."""
     lines = [rows[0], dict.fromkeys(rows[0], "---"), *rows]
     lines[0] = {key: key for key in rows[0]}
     return "\n".join("| " + " | ".join(line.values()) + " |" for line in lines)
@@ -176,8 +176,7 @@ def ablation_table():
             cell = "" if found is None else (
                 gap(found, losses(sweeps[base][i])) if base else mean_and_spread(found))
             rows[-1][title] = cell
-            rates = win_rates(sweeps[name][i])
-            rows[-1]["win_rate" + " " * i] = rates
+            rows[-1]["win_rate" + " " * i] = win_rates(sweeps[name][i])
     return markdown(rows)
 
 

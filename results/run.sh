@@ -146,3 +146,4 @@ sweep medium/final-sophiag $medium --seed=2,3,4 $sophiag --learning_rate=2e-4
 
 # The quickstart, with a quarter of its steps as warmup.
 sweep quickstart/lr-sophiag config/quickstart_sophiag.py --warmup_iters=300 --seed=1 --learning_rate=4e-4,8e-4
+sweep quickstart/warmup-adamw config/quickstart_adamw.py --seed=1 --learning_rate=4e-3 --warmup_iters=100,300

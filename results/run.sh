@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Every run of the study, in order, two at a time on one thread each. A sweep that is in runs.csv
-# is passed over, so that the study can be made in pieces; to begin anew: rm results/*.csv
+# is passed over, so that the study can be made in pieces; to begin anew:
+# rm -r results/*.csv out/study
 #   results/run.sh            all
 #   results/run.sh small/lr   sweeps whose names begin so
 set -euo pipefail

@@ -37,9 +37,11 @@ for row in read("curves.csv"):
 LOSS, WIN_RATE = 2, 3   # columns of CURVES
 
 
-def losses(sweep):
-    """Final losses of a sweep over SEEDS, (3,); None unless all are there."""
-    by_seed = {r["seed"]: r["final_val_loss"] for r in RUNS.get(sweep, [])}
+def losses(sweep, rho=None):
+    """Final losses of a sweep over SEEDS, (3,), of the runs that began at this ρ if one is given;
+    None unless all are there."""
+    by_seed = {r["seed"]: r["final_val_loss"] for r in RUNS.get(sweep, [])
+               if rho in (None, r["rho"])}
     return np.array([by_seed[s] for s in SEEDS]) if set(SEEDS) <= set(by_seed) else None
 
 
@@ -212,6 +214,29 @@ def rho_table():
     return markdown(rows)
 
 
+STARTS = (   # of ρ: sweeps over SEEDS, and the ρ at the start
+    ("fixed", "warm/final-sophiag", 0.05), ("fixed", "warm/tuned-sophiag", 0.5),
+    ("steered to 0.3", "warm/starts-low", 0.005), ("steered to 0.3", "warm/starts-low", 0.05),
+    ("steered to 0.3", "warm/starts-high", 0.5), ("steered to 0.3", "warm/starts-high", 5),
+    ("steered to 0.1", "warm/final-steered", 0.05))
+
+
+def starts_table():
+    """What was best on seed 1, and what steers to it, on SEEDS."""
+    adamw, rows = losses("warm/final-adamw"), []
+    found = [losses(sweep, rho) for _, sweep, rho in STARTS]
+    best = min((x for x, (what, *_) in zip(found, STARTS) if what == "fixed" and x is not None),
+               key=np.mean)
+    for (what, sweep, rho), x in zip(STARTS, found):
+        rows.append({"ρ": what, "at the start": f"{rho:g}"})
+        rows[-1] |= dict.fromkeys(("final val loss", "to the best fixed", "difference to AdamW"), "")
+        if x is not None:
+            rows[-1] |= {"final val loss": mean_and_spread(x),
+                         "to the best fixed": f"{x.mean() / best.mean() - 1:+.1%}",
+                         "difference to AdamW": gap(x, adamw)}
+    return markdown(rows)
+
+
 def cost():
     runs = [r for sweep in RUNS.values() for r in sweep]
     hours = sum(float(r["seconds"]) for r in runs) / 3600
@@ -327,7 +352,8 @@ def main():
     finals = final_table()
     insert(os.path.join(RESULTS, "README.md"),
            {"finals": finals, "budgets": budget_table(), "warmup": settings_table(),
-            "rho": rho_table(), "ablations": ablation_table(), "cost": cost()})
+            "rho": rho_table(), "starts": starts_table(), "ablations": ablation_table(),
+            "cost": cost()})
     insert(os.path.join(os.path.dirname(RESULTS), "README.md"), {"finals": finals})
 
 

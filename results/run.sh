@@ -114,6 +114,10 @@ best=--learning_rate=8e-4
 sweep warm/rho-sophiag $warm --seed=1 $sophiag $best --rho=5e-3,0.5,5
 sweep warm/rho-steered $warm --seed=1 $steered $best --rho=5e-3,0.5,5
 sweep warm/target-0.3 $warm --seed=1 $sophiag $best --target_win_rate=0.3 --rho=5e-3,0.05,0.5,5
+# The best of these, and 0.3 as the target, on the seeds of the finals.
+sweep warm/tuned-sophiag $warm --seed=2,3,4 $sophiag $best --rho=0.5
+sweep warm/starts-low $warm --seed=2,3,4 $sophiag $best --target_win_rate=0.3 --rho=5e-3,0.05
+sweep warm/starts-high $warm --seed=2,3,4 $sophiag $best --target_win_rate=0.3 --rho=0.5,5
 sweep warm/sign $warm --seed=2,3,4 $sophiag $best --hessian_interval=1000000
 sweep warm/k1 $warm --seed=2,3,4 $sophiag $best --hessian_interval=1
 sweep warm/k100 $warm --seed=2,3,4 $sophiag $best --hessian_interval=100
@@ -141,9 +145,13 @@ sweep batch/final-lion $batch --seed=2,3,4 $lion --learning_rate=4e-4
 medium="$small --n_layer=4 --n_head=4 --n_embd=256 --max_iters=1000 --warmup_iters=250 --eval_interval=100"
 sweep medium/speed $medium --seed=1,2,3 --optimizer=adamw,sophiag --max_iters=100 --warmup_iters=25
 sweep medium/lr-adamw $medium --seed=1 $adamw --learning_rate=1e-3,2e-3,4e-3,8e-3,1.6e-2
+sweep medium/lr-lion $medium --seed=1 $lion --learning_rate=1e-4,2e-4,4e-4,8e-4,1.6e-3
 sweep medium/lr-sophiag $medium --seed=1 $sophiag --learning_rate=1e-4,2e-4,4e-4,8e-4,1.6e-3
+sweep medium/lr-steered $medium --seed=1 $steered --learning_rate=1e-4,2e-4,4e-4,8e-4,1.6e-3
 sweep medium/final-adamw $medium --seed=2,3,4 $adamw --learning_rate=2e-3
+sweep medium/final-lion $medium --seed=2,3,4 $lion --learning_rate=2e-4
 sweep medium/final-sophiag $medium --seed=2,3,4 $sophiag --learning_rate=2e-4
+sweep medium/final-steered $medium --seed=2,3,4 $steered --learning_rate=2e-4
 
 # The quickstart, with a quarter of its steps as warmup.
 sweep quickstart/lr-sophiag config/quickstart_sophiag.py --warmup_iters=300 --seed=1 --learning_rate=4e-4,8e-4

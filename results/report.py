@@ -55,10 +55,16 @@ def gap(values, base):
     return f"{d.mean():+.4f} ± {d.std(ddof=1) / len(d) ** 0.5:.4f}"
 
 
-def ms_per_step(size, optimizer):
-    """Median of the runs that had the machine for themselves."""
-    return np.median([float(r["seconds"]) / int(r["max_iters"]) * 1000
-                      for r in RUNS[f"{size}/speed"] if r["optimizer"] == optimizer])
+def step_time(speed, optimizer):
+    """Median of the runs that had the machine for themselves, and in which ratio to AdamW's; ""
+    where there are none."""
+    ms = {}
+    for r in RUNS.get(speed, []):
+        ms.setdefault(r["optimizer"], []).append(float(r["seconds"]) / int(r["max_iters"]) * 1000)
+    if optimizer not in ms:
+        return ""
+    mine, adamw = np.median(ms[optimizer]), np.median(ms["adamw"])
+    return f"{mine:.0f} ms" + ("" if optimizer == "adamw" else f" ({mine / adamw - 1:+.0%})")
 
 
 def win_rates(sweep):
@@ -99,21 +105,20 @@ def arms(size, part="final"):
 
 def final_table():
     rows = []
-    for size, (title, speed) in SIZES.items():
+    for size, (title, speed) in (SIZES | {"bpe": ("0.3M, GPT-2's tokens", None)}).items():
         base_sweep = f"{size}/final-adamw"
-        base, base_ms = losses(base_sweep), ms_per_step(speed, "adamw")
-        for name, sweep, _ in arms(size):
+        base = losses(base_sweep)
+        for name, sweep, _ in arms(size) if base is not None else ():
             found, optimizer = losses(sweep), RUNS[sweep][0]["optimizer"]
             is_base = optimizer == "adamw"
-            ms = ms_per_step(speed, optimizer)
-            more = "" if is_base else f" ({ms / base_ms - 1:+.0%})"
             rows.append({
                 "": f"**{title}**, {name}" if is_base else name,
                 "learning rate": f"{RUNS[sweep][0]['learning_rate']:g}",
                 "final val loss": mean_and_spread(found),
                 "difference to AdamW": "" if is_base else gap(found, base),
                 "AdamW is there at step": "" if is_base else mean_steps(base_sweep, found),
-                "win_rate at the end": win_rates(sweep), "time of a step": f"{ms:.0f} ms{more}"})
+                "win_rate at the end": win_rates(sweep),
+                "time of a step": step_time(f"{speed}/speed", optimizer)})
     return markdown(rows)
 
 
@@ -222,18 +227,19 @@ STARTS = (   # of ρ: sweeps over SEEDS, and the ρ at the start
 
 
 def starts_table():
-    """What was best on seed 1, and what steers to it, on SEEDS."""
-    adamw, rows = losses("warm/final-adamw"), []
-    found = [losses(sweep, rho) for _, sweep, rho in STARTS]
-    best = min((x for x, (what, *_) in zip(found, STARTS) if what == "fixed" and x is not None),
-               key=np.mean)
-    for (what, sweep, rho), x in zip(STARTS, found):
-        rows.append({"ρ": what, "at the start": f"{rho:g}"})
-        rows[-1] |= dict.fromkeys(("final val loss", "to the best fixed", "difference to AdamW"), "")
-        if x is not None:
-            rows[-1] |= {"final val loss": mean_and_spread(x),
-                         "to the best fixed": f"{x.mean() / best.mean() - 1:+.1%}",
-                         "difference to AdamW": gap(x, adamw)}
+    """What was best on seed 1, and what steers towards it, on SEEDS."""
+    adamw, best = losses("warm/final-adamw"), losses("warm/final-sophiag")
+    tuned = losses("warm/tuned-sophiag")
+    if tuned is not None:
+        best = min(best, tuned, key=np.mean)
+    rows = []
+    for what, sweep, rho in STARTS:
+        found = losses(sweep, rho)
+        rows.append({"ρ": what, "at the start": f"{rho:g}",
+                     "final val loss": "" if found is None else mean_and_spread(found),
+                     "to the best fixed": "" if found is None else
+                     f"{found.mean() / best.mean() - 1:+.1%}",
+                     "difference to AdamW": "" if found is None else gap(found, adamw)})
     return markdown(rows)
 
 

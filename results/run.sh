@@ -153,6 +153,14 @@ sweep medium/final-lion $medium --seed=2,3,4 $lion --learning_rate=2e-4
 sweep medium/final-sophiag $medium --seed=2,3,4 $sophiag --learning_rate=2e-4
 sweep medium/final-steered $medium --seed=2,3,4 $steered --learning_rate=2e-4
 
+# GPT-2's tokens, at the learning rates of the small model's bytes; the data are made by
+# python data/pystdlib/prepare.py --tokenizer=gpt2 --out_dir=data/pystdlib_gpt2
+bpe="$small --dataset=data/pystdlib_gpt2 --max_iters=500 --warmup_iters=125 --eval_interval=100 --eval_iters=32"
+sweep bpe/final-adamw $bpe --seed=2,3,4 $adamw --learning_rate=8e-3
+sweep bpe/final-lion $bpe --seed=2,3,4 $lion --learning_rate=8e-4
+sweep bpe/final-sophiag $bpe --seed=2,3,4 $sophiag --learning_rate=8e-4
+sweep bpe/final-steered $bpe --seed=2,3,4 $steered --learning_rate=8e-4
+
 # The quickstart, with a quarter of its steps as warmup.
 sweep quickstart/lr-sophiag config/quickstart_sophiag.py --warmup_iters=300 --seed=1 --learning_rate=4e-4,8e-4
 sweep quickstart/warmup-adamw config/quickstart_adamw.py --seed=1 --learning_rate=4e-3 --warmup_iters=100,300

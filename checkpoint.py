@@ -1,6 +1,6 @@
 """
-Checkpoints: ckpt_XXXXXXXX.pt (the step) in a run directory. Written whole or not at all, verified
-before they are believed; the last two and the best are kept.
+Checkpoints: ckpt_00001000.pt (of step 1,000) in a run directory. Written whole or not at all,
+verified before they are believed; the last two and the best are kept.
 """
 import os
 import pickle

@@ -105,7 +105,7 @@ def arms(size, part="final"):
 
 def final_table():
     rows = []
-    for size, (title, speed) in (SIZES | {"bpe": ("0.3M, GPT-2's tokens", None)}).items():
+    for size, (title, speed) in (SIZES | {"bpe": ("0.3M, GPT-2's tokens", "bpe")}).items():
         base_sweep = f"{size}/final-adamw"
         base = losses(base_sweep)
         for name, sweep, _ in arms(size) if base is not None else ():
@@ -228,19 +228,12 @@ STARTS = (   # of ρ: sweeps over SEEDS, and the ρ at the start
 
 def starts_table():
     """What was best on seed 1, and what steers towards it, on SEEDS."""
-    adamw, best = losses("warm/final-adamw"), losses("warm/final-sophiag")
-    tuned = losses("warm/tuned-sophiag")
-    if tuned is not None:
-        best = min(best, tuned, key=np.mean)
-    rows = []
-    for what, sweep, rho in STARTS:
-        found = losses(sweep, rho)
-        rows.append({"ρ": what, "at the start": f"{rho:g}",
-                     "final val loss": "" if found is None else mean_and_spread(found),
-                     "to the best fixed": "" if found is None else
-                     f"{found.mean() / best.mean() - 1:+.1%}",
-                     "difference to AdamW": "" if found is None else gap(found, adamw)})
-    return markdown(rows)
+    adamw, found = losses("warm/final-adamw"), [losses(sweep, rho) for _, sweep, rho in STARTS]
+    best = min(x.mean() for x, (what, *_) in zip(found, STARTS) if what == "fixed")
+    return markdown([{"ρ": what, "at the start": f"{rho:g}", "final val loss": mean_and_spread(x),
+                      "to the best fixed": f"{x.mean() / best - 1:+.1%}",
+                      "difference to AdamW": gap(x, adamw)}
+                     for x, (what, _, rho) in zip(found, STARTS)])
 
 
 def cost():

@@ -152,6 +152,9 @@ sweep medium/final-adamw $medium --seed=2,3,4 $adamw --learning_rate=2e-3
 sweep medium/final-lion $medium --seed=2,3,4 $lion --learning_rate=2e-4
 sweep medium/final-sophiag $medium --seed=2,3,4 $sophiag --learning_rate=2e-4
 sweep medium/final-steered $medium --seed=2,3,4 $steered --learning_rate=2e-4
+four="$medium --max_iters=4000 --warmup_iters=1000 --eval_interval=400"
+sweep medium/four-adamw $four --seed=2,3,4 $adamw --learning_rate=2e-3
+sweep medium/four-sophiag $four --seed=2,3,4 $sophiag --learning_rate=2e-4
 
 # GPT-2's tokens, at the learning rates of the small model's bytes; the data are made by
 # python data/pystdlib/prepare.py --tokenizer=gpt2 --out_dir=data/pystdlib_gpt2

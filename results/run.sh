@@ -153,8 +153,8 @@ sweep medium/final-lion $medium --seed=2,3,4 $lion --learning_rate=2e-4
 sweep medium/final-sophiag $medium --seed=2,3,4 $sophiag --learning_rate=2e-4
 sweep medium/final-steered $medium --seed=2,3,4 $steered --learning_rate=2e-4
 four="$medium --max_iters=4000 --warmup_iters=1000 --eval_interval=400"
-sweep medium/four-adamw $four --seed=2,3 $adamw --learning_rate=2e-3
-sweep medium/four-sophiag $four --seed=2,3 $sophiag --learning_rate=2e-4
+sweep medium/four-adamw $four --seed=2 $adamw --learning_rate=2e-3
+sweep medium/four-sophiag $four --seed=2 $sophiag --learning_rate=2e-4
 
 # GPT-2's tokens, at the learning rates of the small model's bytes; the data are made by
 # python data/pystdlib/prepare.py --tokenizer=gpt2 --out_dir=data/pystdlib_gpt2
@@ -165,7 +165,8 @@ sweep bpe/final-sophiag $bpe --seed=2,3,4 $sophiag --learning_rate=8e-4
 sweep bpe/final-steered $bpe --seed=2,3,4 $steered --learning_rate=8e-4
 # Whether other learning rates are better there.
 sweep bpe/lr-adamw $bpe --seed=2 $adamw --learning_rate=4e-3,1.6e-2
-sweep bpe/lr-sophiag $bpe --seed=2 $sophiag --learning_rate=4e-4,1.6e-3
+sweep bpe/lr-lion $bpe --seed=2 $lion --learning_rate=1.6e-3
+sweep bpe/lr-sophiag $bpe --seed=2 $sophiag --learning_rate=4e-4,1.6e-3,3.2e-3
 
 # The quickstart, with a quarter of its steps as warmup.
 sweep quickstart/lr-sophiag config/quickstart_sophiag.py --warmup_iters=300 --seed=1 --learning_rate=4e-4,8e-4

@@ -102,7 +102,6 @@ sweep warm/time-adamw $equal_time --seed=2,3,4 $adamw --learning_rate=8e-3
 sweep warm/twice-adamw $twice --seed=2,3,4 $adamw --learning_rate=8e-3
 sweep warm/twice-sophiag $twice --seed=2,3,4 $sophiag --learning_rate=8e-4
 sweep warm/four-adamw $four --seed=2,3,4 $adamw --learning_rate=8e-3
-sweep warm/four-lion $four --seed=2,3,4 $lion --learning_rate=8e-4
 sweep warm/four-sophiag $four --seed=2,3,4 $sophiag --learning_rate=8e-4
 # Whether other learning rates are better at that length.
 sweep warm/four-lr-adamw $four --seed=2 $adamw --learning_rate=4e-3,1.6e-2
@@ -139,7 +138,6 @@ sweep batch/lr-lion $batch --seed=1 $lion --learning_rate=1e-4,2e-4,4e-4,8e-4,1.
 sweep batch/lr-sophiag $batch --seed=1 $sophiag --learning_rate=1e-4,2e-4,4e-4,8e-4,1.6e-3
 sweep batch/final-adamw $batch --seed=2,3,4 $adamw --learning_rate=8e-3
 sweep batch/final-sophiag $batch --seed=2,3,4 $sophiag --learning_rate=4e-4
-sweep batch/final-lion $batch --seed=2,3,4 $lion --learning_rate=4e-4
 
 # 3.1M parameters without embeddings, half the steps, a quarter of them warmup.
 medium="$small --n_layer=4 --n_head=4 --n_embd=256 --max_iters=1000 --warmup_iters=250 --eval_interval=100"
@@ -152,9 +150,6 @@ sweep medium/final-adamw $medium --seed=2,3,4 $adamw --learning_rate=2e-3
 sweep medium/final-lion $medium --seed=2,3,4 $lion --learning_rate=2e-4
 sweep medium/final-sophiag $medium --seed=2,3,4 $sophiag --learning_rate=2e-4
 sweep medium/final-steered $medium --seed=2,3,4 $steered --learning_rate=2e-4
-four="$medium --max_iters=4000 --warmup_iters=1000 --eval_interval=400"
-sweep medium/four-adamw $four --seed=2 $adamw --learning_rate=2e-3
-sweep medium/four-sophiag $four --seed=2 $sophiag --learning_rate=2e-4
 
 # GPT-2's tokens, at the learning rates of the small model's bytes; the data are made by
 # python data/pystdlib/prepare.py --tokenizer=gpt2 --out_dir=data/pystdlib_gpt2
@@ -165,7 +160,6 @@ sweep bpe/final-sophiag $bpe --seed=2,3,4 $sophiag --learning_rate=8e-4
 sweep bpe/final-steered $bpe --seed=2,3,4 $steered --learning_rate=8e-4
 # Whether other learning rates are better there.
 sweep bpe/lr-adamw $bpe --seed=2 $adamw --learning_rate=4e-3,1.6e-2
-sweep bpe/lr-lion $bpe --seed=2 $lion --learning_rate=1.6e-3
 sweep bpe/lr-sophiag $bpe --seed=2 $sophiag --learning_rate=4e-4,1.6e-3,3.2e-3
 
 # The quickstart, with a quarter of its steps as warmup.

@@ -117,6 +117,8 @@ sweep warm/target-0.3 $warm --seed=1 $sophiag $best --target_win_rate=0.3 --rho=
 sweep warm/tuned-sophiag $warm --seed=2,3,4 $sophiag $best --rho=0.5
 sweep warm/starts-low $warm --seed=2,3,4 $sophiag $best --target_win_rate=0.3 --rho=5e-3,0.05
 sweep warm/starts-high $warm --seed=2,3,4 $sophiag $best --target_win_rate=0.3 --rho=0.5,5
+# SophiaG's finals on the machine of what is compared with it below.
+sweep warm/again-sophiag $warm --seed=2,3,4 $sophiag $best
 sweep warm/sign $warm --seed=2,3,4 $sophiag $best --hessian_interval=1000000
 sweep warm/k1 $warm --seed=2,3,4 $sophiag $best --hessian_interval=1
 sweep warm/k100 $warm --seed=2,3,4 $sophiag $best --hessian_interval=100
@@ -141,7 +143,7 @@ sweep batch/final-sophiag $batch --seed=2,3,4 $sophiag --learning_rate=4e-4
 
 # 3.1M parameters without embeddings, half the steps, a quarter of them warmup.
 medium="$small --n_layer=4 --n_head=4 --n_embd=256 --max_iters=1000 --warmup_iters=250 --eval_interval=100"
-sweep medium/speed $medium --seed=1,2,3 --optimizer=adamw,sophiag --max_iters=100 --warmup_iters=25
+sweep medium/speed $medium --seed=1,2,3 --optimizer=adamw,lion,sophiag --max_iters=100 --warmup_iters=25
 sweep medium/lr-adamw $medium --seed=1 $adamw --learning_rate=1e-3,2e-3,4e-3,8e-3,1.6e-2
 sweep medium/lr-lion $medium --seed=1 $lion --learning_rate=1e-4,2e-4,4e-4,8e-4,1.6e-3
 sweep medium/lr-sophiag $medium --seed=1 $sophiag --learning_rate=1e-4,2e-4,4e-4,8e-4,1.6e-3
@@ -150,10 +152,14 @@ sweep medium/final-adamw $medium --seed=2,3,4 $adamw --learning_rate=2e-3
 sweep medium/final-lion $medium --seed=2,3,4 $lion --learning_rate=2e-4
 sweep medium/final-sophiag $medium --seed=2,3,4 $sophiag --learning_rate=2e-4
 sweep medium/final-steered $medium --seed=2,3,4 $steered --learning_rate=2e-4
+four="$medium --max_iters=4000 --warmup_iters=1000 --eval_interval=400"
+sweep medium/four-adamw $four --seed=2,3 $adamw --learning_rate=2e-3
+sweep medium/four-sophiag $four --seed=2,3 $sophiag --learning_rate=2e-4
 
 # GPT-2's tokens, at the learning rates of the small model's bytes; the data are made by
 # python data/pystdlib/prepare.py --tokenizer=gpt2 --out_dir=data/pystdlib_gpt2
 bpe="$small --dataset=data/pystdlib_gpt2 --max_iters=500 --warmup_iters=125 --eval_interval=100 --eval_iters=32"
+sweep bpe/speed $bpe --seed=1,2,3 --optimizer=adamw,lion,sophiag --max_iters=50 --warmup_iters=12 --eval_interval=50
 sweep bpe/final-adamw $bpe --seed=2,3,4 $adamw --learning_rate=8e-3
 sweep bpe/final-lion $bpe --seed=2,3,4 $lion --learning_rate=8e-4
 sweep bpe/final-sophiag $bpe --seed=2,3,4 $sophiag --learning_rate=8e-4

@@ -18,6 +18,7 @@ STYLES = dict(zip(ARMS, (("#D55E00", "s", "--"), ("#009E73", "D", "-."), ("#0072
                          ("#CC79A7", "^", ":"))))
 NUMBERS = ("learning_rate", "rho", "target_win_rate", "final_val_loss", "win_rate", "grad_clip")
 SIZES = {"warm": ("0.3M", "small"), "medium": ("3.1M", "medium")}   # title, where its speed is
+FINALS = SIZES | {"bpe": ("0.3M, GPT-2's tokens (nats a token)", "bpe")}
 SETTINGS = {"small": "1,024 tokens a step, warmup 100", "warm": "1,024 tokens, warmup 500",
             "long": "1,024 tokens, warmup 1,000", "batch": "4,096 tokens, warmup 100"}
 SEEDS = ("2", "3", "4")   # 1 chose the learning rates
@@ -37,12 +38,12 @@ for row in read("curves.csv"):
 LOSS, WIN_RATE = 2, 3   # columns of CURVES
 
 
-def losses(sweep, rho=None):
-    """Final losses of a sweep over SEEDS, (3,), of the runs that began at this ρ if one is given;
+def losses(sweep, rho=None, seeds=SEEDS):
+    """Final losses of a sweep, one for each seed, of the runs that began at this ρ if one is given;
     None unless all are there."""
     by_seed = {r["seed"]: r["final_val_loss"] for r in RUNS.get(sweep, [])
                if rho in (None, r["rho"])}
-    return np.array([by_seed[s] for s in SEEDS]) if set(SEEDS) <= set(by_seed) else None
+    return np.array([by_seed[s] for s in seeds]) if set(seeds) <= set(by_seed) else None
 
 
 def mean_and_spread(values):
@@ -56,15 +57,12 @@ def gap(values, base):
 
 
 def step_time(speed, optimizer):
-    """Median of the runs that had the machine for themselves, and in which ratio to AdamW's; ""
-    where there are none."""
-    ms = {}
-    for r in RUNS.get(speed, []):
-        ms.setdefault(r["optimizer"], []).append(float(r["seconds"]) / int(r["max_iters"]) * 1000)
-    if optimizer not in ms:
-        return ""
+    """Median of the runs that had the machine for themselves, and in which ratio to AdamW's."""
+    ms = defaultdict(list)
+    for r in RUNS[speed]:
+        ms[r["optimizer"]].append(float(r["seconds"]) / int(r["max_iters"]) * 1000)
     mine, adamw = np.median(ms[optimizer]), np.median(ms["adamw"])
-    return f"{mine:.0f} ms" + ("" if optimizer == "adamw" else f" ({mine / adamw - 1:+.0%})")
+    return f"{mine:,.0f} ms" + ("" if optimizer == "adamw" else f" ({mine / adamw - 1:+.0%})")
 
 
 def win_rates(sweep):
@@ -104,11 +102,11 @@ def arms(size, part="final"):
 
 
 def final_table():
-    rows, tokens = [], {"bpe": ("0.3M, GPT-2's tokens (nats a token)", "bpe")}
-    for size, (title, speed) in (SIZES | tokens).items():
+    rows = []
+    for size, (title, speed) in FINALS.items():
         base_sweep = f"{size}/final-adamw"
         base = losses(base_sweep)
-        for name, sweep, _ in arms(size) if base is not None else ():
+        for name, sweep, _ in arms(size):
             found, optimizer = losses(sweep), RUNS[sweep][0]["optimizer"]
             is_base = optimizer == "adamw"
             rows.append({
@@ -138,26 +136,32 @@ def settings_table():
     return markdown(rows)
 
 
+BUDGETS = (   # size, sweeps of AdamW and of the others, seeds
+    ("warm", "final", "final", SEEDS), ("warm", "time", "final", SEEDS),
+    ("warm", "twice", "final", SEEDS), ("warm", "twice", "twice", SEEDS),
+    ("warm", "four", "four", SEEDS), ("warm", "low", "four", SEEDS),
+    ("medium", "final", "final", SEEDS))
+
+
 def budget_table():
-    """The small model at equal steps, at equal time, and with more steps."""
+    """Equal steps, equal time, and more steps."""
     rows = []
-    for part, others in (("final", "final"), ("time", "final"), ("twice", "final"),
-                         ("twice", "twice"), ("four", "four"), ("low", "four")):
-        adamw = RUNS[f"warm/{part}-adamw"][0]
-        base = losses(f"warm/{part}-adamw")
-        row = {"AdamW's steps": f"{int(adamw['max_iters']):,}",
-               "its learning rate": f"{adamw['learning_rate']:g}",
+    for size, adamw, others, seeds in BUDGETS:
+        base = losses(f"{size}/{adamw}-adamw", seeds=seeds)
+        settings = RUNS[f"{size}/{adamw}-adamw"][0]
+        row = {"": SIZES[size][0], "AdamW's steps": f"{int(settings['max_iters']):,}",
+               "its learning rate": f"{settings['learning_rate']:g}",
                "its final val loss": mean_and_spread(base),
-               "the others' steps": f"{int(RUNS[f'warm/{others}-sophiag'][0]['max_iters']):,}"}
+               "the others' steps": f"{int(RUNS[f'{size}/{others}-sophiag'][0]['max_iters']):,}"}
         for arm in "lion", "sophiag":
-            found = losses(f"warm/{others}-{arm}")
+            found = losses(f"{size}/{others}-{arm}", seeds=seeds)
             row[ARMS[arm]] = "" if found is None else gap(found, base)
         rows.append(row)
     return markdown(rows)
 
 
 ABLATIONS = (   # name, sweeps in "small" and "warm", compared with
-    ("SophiaG, ρ 0.05", "half-sophiag", "final-sophiag", None),
+    ("SophiaG, ρ 0.05", "half-sophiag", "again-sophiag", None),
     ("SophiaG, steered to 0.1", "half-target", "final-steered", "SophiaG, ρ 0.05"),
     ("SophiaG, steered to 0.3", "half-steered", None, "SophiaG, ρ 0.05"),
     ("k = 1", "half-k1", "k1", "SophiaG, ρ 0.05"),

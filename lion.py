@@ -1,12 +1,11 @@
 """
-Lion: evolved sign momentum (Chen et al., arXiv 2302.06675, Algorithm 2). This file stands alone:
-copy it into any project.
+Lion: evolved sign momentum (Chen et al., arXiv 2302.06675, Algorithm 2). It shares the fused step
+of sophia.py.
 """
-import functools
-import importlib.util
-
 import torch
 from torch.optim import Optimizer
+
+from sophia import apply, has_triton, in_memory_order
 
 
 def lion(theta, g, m, *, lr, beta1, beta2, decay, skip=None):
@@ -22,48 +21,6 @@ def lion(theta, g, m, *, lr, beta1, beta2, decay, skip=None):
     difference = (g if skip is None else torch.where(skip > 0, m, g)) - m
     theta.mul_(decay).sub_((m + difference * (1 - beta1)).sign_().mul_(lr))
     m.add_(difference.mul_(1 - beta2))
-
-
-def several(rule, rows, settings):
-    return [rule(*row, **settings) for row in rows]
-
-
-@functools.cache
-def compiled(function):
-    # For tensors of any length. One loop over four tensors was slower than four loops.
-    options = {"cpp.max_horizontal_fusion_size": 1} if function is several else None
-    return torch.compile(function, dynamic=True, options=options)
-
-
-def apply(rule, fused, *lists, **settings):
-    """
-    [rule(*row, **settings) for row in zip(*lists)], in another order; where fused, the rule is
-    compiled to one pass over memory. Settings are tensors there: a new float would be compiled
-    anew. A call costs 100 us on a CPU, so four tensors of one length share one.
-    """
-    rows = list(zip(*lists))
-    if not fused:
-        return several(rule, rows, settings)
-    precise = torch.promote_types(rows[0][0].dtype, torch.float32)
-    tensors = {name: torch.as_tensor(value, dtype=precise) for name, value in settings.items()}
-    results, by_length = [], {}
-    for row in rows:
-        if all(t.is_contiguous() for t in row):
-            flat = [t.view(-1) for t in row]
-            by_length.setdefault(len(flat[0]), []).append(flat)
-        else:
-            results.append(rule(*row, **settings))
-    for rows in by_length.values():
-        whole = len(rows) - len(rows) % 4
-        for i in range(0, whole, 4):
-            results += compiled(several)(rule, rows[i:i + 4], tensors)
-        results += [compiled(rule)(*row, **tensors) for row in rows[whole:]]
-    return results
-
-
-@functools.cache
-def has_triton():
-    return importlib.util.find_spec("triton") is not None
 
 
 class Lion(Optimizer):
@@ -120,7 +77,7 @@ class Lion(Optimizer):
                 raise RuntimeError("Lion does not support sparse gradients")
             if any(torch.is_complex(p) for p in params):
                 raise RuntimeError("Lion does not support complex parameters")
-            grads = [p.grad for p in params]
+            grads = [in_memory_order(p.grad, p) for p in params]
             if group["maximize"]:
                 grads = torch._foreach_neg(grads)
             for p in params:

@@ -8,6 +8,7 @@ import warnings
 
 import torch
 from torch.optim import Optimizer
+from torch.utils.dlpack import from_dlpack, to_dlpack
 
 OFFICIAL_BS = 5120   # the official implementation's default, kept for those who never say
 LOWEST_RHO, HIGHEST_RHO, LARGEST_FACTOR = 1e-4, 1e2, 10.0   # where and how fast rho is steered
@@ -54,42 +55,89 @@ def statistics(theta, m, h, *, rho_b):
     return torch.stack([t.sum() for t in terms])
 
 
-def several(rule, rows, settings):
-    return [rule(*row, **settings) for row in rows]
-
-
 @functools.cache
-def compiled(function):
-    # For tensors of any length. One loop over four tensors was slower than four loops.
-    options = {"cpp.max_horizontal_fusion_size": 1} if function is several else None
-    return torch.compile(function, dynamic=True, options=options)
+def compiled(rule, rows):
+    """The rule for a number of rows at a time, compiled once for tensors of any length."""
+    def rule_for_rows(rows, settings):
+        return [rule(*row, **settings) for row in rows]
+
+    # One loop over several rows was slower than a loop for each.
+    options = {"cpp.max_horizontal_fusion_size": 1} if rows > 1 else None
+    return torch.compile(rule_for_rows, dynamic=True, fullgraph=True, isolate_recompiles=True,
+                         options=options)
+
+
+def local(t):
+    """This rank's shard of a DTensor (FSDP2), which the updates, elementwise as they are, need
+    alone; any other tensor as it is."""
+    return t.to_local() if hasattr(t, "to_local") else t
+
+
+def in_memory_order(grad, p):
+    """grad in the order of p's memory: a copy where its strides are others."""
+    return grad if grad.stride() == p.stride() else torch.empty_like(p).copy_(grad)
+
+
+def same_memory_order(row):
+    """Whether the row's tensors fill their memory without gaps, all in the same order."""
+    return (all(t.stride() == row[0].stride() for t in row)
+            and torch.ops.aten.is_non_overlapping_and_dense(row[0]))
+
+
+def flat(t):
+    """t's memory as a tensor (numel,) that is no view: a view's offset in its base, such as that
+    of a gradient in a bucket of DDP, would be compiled into the graph."""
+    return from_dlpack(to_dlpack(t.detach().as_strided((t.numel(),), (1,))))
 
 
 def apply(rule, fused, *lists, unroll=True, **settings):
     """
-    [rule(*row, **settings) for row in zip(*lists)], in another order; where fused, the rule is
-    compiled to one pass over memory. Settings are tensors there: a new float would be compiled
-    anew. A call costs 100 us on a CPU, so where `unroll` is set four tensors of one length share
-    one.
+    [rule(*row, **settings) for row in zip(*lists)], in another order and without empty rows; where
+    fused, the rule is compiled to one pass over memory. Settings are tensors there: a new float
+    would be compiled anew. A call costs 100 us on a CPU, so where `unroll` is set four tensors of
+    one length share one.
     """
-    rows = list(zip(*lists))
-    if not fused:
-        return several(rule, rows, settings)
+    rows = [[local(t) for t in row] for row in zip(*lists)]
+    eager = [row for row in rows if not (fused and same_memory_order(row))]
+    if fused and eager:
+        warn_once("some parameters have gaps in memory or state in another order; they are updated "
+                  "by slower, uncompiled operations")
+    results = [rule(*row, **settings) for row in eager if row[0].numel()]
+    if len(eager) == len(rows):
+        return results
     precise = torch.promote_types(rows[0][0].dtype, torch.float32)
     tensors = {name: torch.as_tensor(value, dtype=precise) for name, value in settings.items()}
-    results, by_length = [], {}
+    by_length = {}
     for row in rows:
-        if all(t.is_contiguous() for t in row):
-            flat = [t.view(-1) for t in row]
-            by_length.setdefault(len(flat[0]), []).append(flat)
-        else:
-            results.append(rule(*row, **settings))
+        if row[0].numel() and same_memory_order(row):
+            by_length.setdefault(row[0].numel(), []).append([flat(t) for t in row])
     for rows in by_length.values():
-        whole = len(rows) - len(rows) % 4 if unroll else 0
-        for i in range(0, whole, 4):
-            results += compiled(several)(rule, rows[i:i + 4], tensors)
-        results += [compiled(rule)(*row, **tensors) for row in rows[whole:]]
+        while rows:
+            n = 4 if unroll and len(rows) >= 4 else 1
+            first, rows = rows[:n], rows[n:]
+            try:
+                results += compiled(rule, n)(first, tensors)
+            except torch._dynamo.exc.FailOnRecompileLimitHit:
+                warn_once("torch.compile made too many graphs of the update; from here on slower, "
+                          "uncompiled operations do it. TORCH_LOGS=recompiles says why")
+                results += [rule(*row, **tensors) for row in first]
     return results
+
+
+def sum_over_shards(values, layout):
+    """Sum over ranks of what each found in its shards of DTensors, whose layout is (device mesh,
+    placements); values as they are where layout is None."""
+    if layout is None:
+        return values
+    from torch.distributed.tensor import DTensor, Partial, Replicate  # slow to import
+    mesh, placements = layout
+    kinds = [Partial() if placement.is_shard() else Replicate() for placement in placements]
+    return DTensor.from_local(values, mesh, kinds).full_tensor()
+
+
+@functools.cache
+def warn_once(text):
+    warnings.warn(f"fused optimizer: {text}", stacklevel=4)
 
 
 @functools.cache
@@ -170,7 +218,7 @@ class SophiaG(Optimizer):
             if not torch.is_tensor(s["step"]):
                 s["step"] = torch.tensor(float(s["step"]))
             s.setdefault("hessian", torch.zeros_like(p))      # official, before its first update
-        self._hessian_in_use = any(bool(s["hessian"].any()) for s in self.state.values())
+        self._hessian_in_use = any(bool(local(s["hessian"]).any()) for s in self.state.values())
 
     def _tensors(self, group):
         """Lists (params, grads, exp_avgs, hessians, steps) of the parameters that have a gradient,
@@ -188,7 +236,8 @@ class SophiaG(Optimizer):
                 state["step"] = torch.zeros((), device=p.device if group["capturable"] else "cpu")
                 state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
                 state["hessian"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            values = p, p.grad, state["exp_avg"], state["hessian"], state["step"]
+            values = (p, in_memory_order(p.grad, p), state["exp_avg"], state["hessian"],
+                      state["step"])
             for tensors, value in zip(lists, values):
                 tensors.append(value)
         return lists
@@ -277,18 +326,24 @@ class SophiaG(Optimizer):
           param_norm, momentum_norm, hessian_norm: of theta, m and h.
           rho: as it now is, where target_win_rate steers it.
         """
-        rows, total = [], 0
+        sums, total = [], 0
         for group in self.param_groups:
-            params = [p for p in group["params"] if p in self.state]
-            states = [self.state[p] for p in params]
-            if params:
-                rows += apply(statistics, self._fused(group), params,
-                              [s["exp_avg"] for s in states], [s["hessian"] for s in states],
-                              unroll=False, rho_b=self._rho(group) * self._bs(group, bs))
-                total += sum(p.numel() for p in params)
-        if not rows:
+            by_layout = {}   # parameters that are sharded alike share a sum over ranks
+            for p in group["params"]:
+                if p in self.state:
+                    layout = (p.device_mesh, p.placements) if hasattr(p, "to_local") else None
+                    by_layout.setdefault(layout, []).append(p)
+                    total += p.numel()
+            for layout, params in by_layout.items():
+                states = [self.state[p] for p in params]
+                rows = apply(statistics, self._fused(group), params,
+                             [s["exp_avg"] for s in states], [s["hessian"] for s in states],
+                             unroll=False, rho_b=self._rho(group) * self._bs(group, bs))
+                rows.append(torch.zeros(4, device=params[0].device))   # all shards may be empty
+                sums.append(sum_over_shards(torch.stack(rows).sum(0), layout))
+        if not sums:
             return {}
-        wins, *squares = torch.stack(rows).sum(0)
+        wins, *squares = torch.stack(sums).sum(0)
         names = "param_norm", "momentum_norm", "hessian_norm"
         found = {"win_rate": wins / total, **dict(zip(names, (s.sqrt() for s in squares)))}
         if self.defaults.get("target_win_rate"):

@@ -135,6 +135,7 @@ class GPT(nn.Module):
         block, so that DDP exchanges them during the backward pass. Evaluation and sampling, with
         their many shapes, stay eager.
         """
+        torch._dynamo.config.optimize_ddp = False   # it would split the blocks' graph by buckets
         self._apply_block = torch.compile(apply_block, dynamic=False)
         self._loss_and_gradient = torch.compile(loss_and_gradient, dynamic=False)
 

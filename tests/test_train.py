@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, records, run, train, write_data
+from conftest import ROOT, TINY, flags, records, run, train, write_data
 from hessian_estimates import build
 from test_model import exact_gauss_newton_diagonal
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -223,6 +223,25 @@ def test_compiled_follows_eager(tiny_data, tmp_path):
     for a, b in zip(records(tmp_path / "compiled"), records(tmp_path / "eager")):
         assert a["train/loss"] == pytest.approx(b["train/loss"], abs=1e-4)
     assert_same_run(tmp_path / "compiled", tmp_path / "again")
+
+
+def test_two_ranks_compile_no_more_than_one_and_exchange_gradients_during_backward(tiny_data,
+                                                                                   tmp_path):
+    """30 steps of 12 layers, with Hessian updates and log lines. DDP's buckets hold gradients at
+    ever other offsets, and are made anew after the first step."""
+    settings = {**TINY, "n_layer": 12, "max_iters": 30, "eval_interval": 30, "log_interval": 5,
+                "hessian_interval": 5, "compile": True, "dataset": tiny_data}
+    graphs = {}
+    for ranks in 1, 2:
+        done = run("tests/compiled_ranks.py", ranks=ranks, *flags(**{
+            **settings, "out_dir": tmp_path / str(ranks), "total_batch_size": 8 * ranks}))
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "fused optimizer" not in done.stderr and "recompile_limit" not in done.stderr
+        found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        graphs[ranks] = {f["graphs"] for f in found}
+    assert graphs[2] == graphs[1] and max(graphs[1]) < 12   # not one a layer
+    # With one graph for all layers, gradients come at its end and the share is above 0.9.
+    assert max(f["share"] for f in found) < 0.75
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -117,8 +117,7 @@ def clip_ratios(run_dir):
     return {kind: torch.cat(ratios).numpy() for kind, ratios in found.items()}
 
 
-def draw_clipping(run_dir, path):
-    ratios = clip_ratios(run_dir)
+def draw_clipping(ratios, path):
     figure = Figure(figsize=(9, 3.7), dpi=160, layout="constrained")
     bars, densities = figure.subplots(1, 2, width_ratios=(1, 1.15))
     for y, (kind, ratio) in enumerate(ratios.items()):
@@ -150,8 +149,9 @@ def main(argv):
     parser = ArgumentParser(__doc__)
     parser.add_argument("run", nargs="?", default="out/quickstart-sophiag", help="run directory")
     args = parser.parse_args(argv)
+    ratios = clip_ratios(args.run)
     draw_toy(os.path.join(DOCS, "toy.png"))
-    draw_clipping(args.run, os.path.join(DOCS, "clipping.png"))
+    draw_clipping(ratios, os.path.join(DOCS, "clipping.png"))
 
 
 if __name__ == "__main__":

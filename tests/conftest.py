@@ -1,11 +1,13 @@
 """
-What the tests share: a tiny data set, the settings of a tiny run, and a way to run scripts as a
-user does.
+What the tests share: a tiny data set, the settings of a tiny run, ways to run scripts and the
+commands of a page as a user does.
 """
 import json
 import multiprocessing
 import os
+import re
 import runpy
+import shutil
 import socket
 import subprocess
 import sys
@@ -43,6 +45,22 @@ def command(script, *words, ranks=1):
     if ranks > 1:
         run += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     return [*run, str(ROOT / script), *map(str, words)]
+
+
+def code_blocks(path):
+    """What a Markdown file tells its reader to run: shell commands without their comments, and
+    Python snippets."""
+    text = path.read_text()
+    commands = [line.split("#")[0].strip() for block in re.findall(r"```sh\n(.*?)```", text, re.S)
+                for line in block.splitlines()]
+    return commands, re.findall(r"```python\n(.*?)```", text, re.S)
+
+
+def shell(line, cwd):
+    done = subprocess.run(line, shell=True, cwd=cwd, env=environment(), text=True, timeout=300,
+                          capture_output=True)
+    assert done.returncode == 0, line + "\n" + done.stdout + done.stderr
+    return done.stdout
 
 
 def environment(**changes):
@@ -147,6 +165,19 @@ def pytest_addoption(parser):
 @pytest.fixture(scope="session")
 def slow(pytestconfig):
     return pytestconfig.getoption("--slow")
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """The repository's files in a folder of their own, so that runs leave nothing here."""
+    folder = tmp_path_factory.mktemp("copy") / "repo"
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, text=True,
+                            capture_output=True, check=True).stdout.splitlines()
+    for name in listed:
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    return folder
 
 
 @pytest.fixture(scope="session")

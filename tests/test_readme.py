@@ -2,45 +2,22 @@
 import contextlib
 import importlib
 import re
-import shutil
 import socket
 import subprocess
 import sys
 
 import pyarrow
 import pytest
-from conftest import ROOT, environment, flags
+from conftest import ROOT, code_blocks, environment, flags, shell
 from pyarrow import parquet
 
 from configurator import load_config
 from dataloader import load_meta
 
 README = (ROOT / "README.md").read_text()
-COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```sh\n(.*?)```", README, re.S)
-            for line in block.splitlines()]
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
+COMMANDS, SNIPPETS = code_blocks(ROOT / "README.md")
 SHORT = dict(n_layer=1, n_head=2, n_embd=32, block_size=32, batch_size=1, total_batch_size=8,
              max_iters=2, eval_iters=1, device="cpu", compile=False, wandb_log=False)
-
-
-@pytest.fixture(scope="module")
-def copy(tmp_path_factory):
-    """The repository's files in a folder of their own, so that runs leave nothing here."""
-    folder = tmp_path_factory.mktemp("readme") / "repo"
-    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, text=True,
-                            capture_output=True, check=True).stdout.splitlines()
-    for name in listed:
-        if (ROOT / name).exists():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, folder / name)
-    return folder
-
-
-def shell(line, cwd):
-    done = subprocess.run(line, shell=True, cwd=cwd, env=environment(), text=True, timeout=300,
-                          capture_output=True)
-    assert done.returncode == 0, line + "\n" + done.stdout + done.stderr
-    return done.stdout
 
 
 def made(line):

@@ -1,0 +1,176 @@
+"""docs/: commands and code of its pages run, links lead somewhere, figures show what is said."""
+import json
+import os
+import re
+import runpy
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, code_blocks, flags, records, run, shell, train, write_data
+from test_pretrained import CONTEXT, SHAPE, V, as_sophia, build_theirs, their_loss
+
+import checkpoint
+from plot import COLOURS
+from sophia import SophiaG
+
+PAGES = ("sophia.md", "faq.md")
+COMMANDS = [c for page in PAGES for c in code_blocks(ROOT / "docs" / page)[0]]
+SNIPPETS = code_blocks(ROOT / "docs/faq.md")[1]
+FIGURES = runpy.run_path(str(ROOT / "docs/figures.py"))
+QUICK = flags(max_iters=2, warmup_iters=1, eval_iters=1, n_layer=1, n_embd=32, block_size=32)
+
+
+def command(word):
+    """The one command of the pages that has a word in it, with this Python."""
+    found, = [c for c in COMMANDS if word in c]
+    torchrun = f"{sys.executable} -m torch.distributed.run"
+    return re.sub("^python", sys.executable, re.sub("^torchrun", torchrun, found))
+
+
+def test_commands_are_those_that_are_tested_here():
+    words = ("out/scaled", "figures", "out/steered", "out/finetuned", "out/rates", "--nproc",
+             "official")
+    assert len({command(word) for word in words}) == len(COMMANDS) == len(words)
+    assert code_blocks(ROOT / "docs/sophia.md")[1] == []
+
+
+def test_commands_run_after_a_quickstart(copy, tiny_data):
+    quickstart = ["config/quickstart_sophiag.py", *QUICK, f"--dataset={tiny_data}"]
+    assert run("train.py", *quickstart, cwd=copy).returncode == 0
+    for word in "out/scaled", "out/steered", "out/finetuned", "out/rates":
+        _, script, *words = command(word).split()
+        done = run(script, *words, *quickstart[1:], cwd=copy)
+        assert done.returncode == 0, done.stderr
+        assert ("[3/3]" if script == "sweep.py" else "finished at step 2") in done.stdout
+    figures = [copy / "docs" / name for name in ("toy.png", "clipping.png")]
+    for figure in figures:
+        figure.unlink()
+    shell(command("figures"), copy)
+    assert all(figure.read_bytes()[:4] == b"\x89PNG" for figure in figures)
+
+
+def test_a_run_continues_on_another_number_of_ranks(copy, tiny_data, tmp_path):
+    line = command("--nproc").replace("--nproc_per_node=4", "--nproc_per_node=2")
+    first = re.sub(".* train.py", f"{sys.executable} train.py", line).replace("=resume", "=scratch")
+    words = " ".join(flags(n_layer=1, n_head=2, n_embd=32, block_size=32, batch_size=2,
+                           total_batch_size=8, warmup_iters=1, lr_decay_iters=4, eval_iters=1,
+                           device="cpu", compile=False, dataset=tiny_data, out_dir=tmp_path / "run",
+                           wandb_log=False))
+    assert "1 rank " in shell(f"{first} {words} --max_iters=2", copy)
+    output = shell(f"{line} {words} --max_iters=4", copy)
+    assert "resuming from" in output and "2 ranks" in output and "finished at step 4" in output
+
+
+def test_official_checkpoints_are_evaluated(copy, tmp_path):
+    tokens = np.random.default_rng(0).integers(0, V, 4000)
+    data = write_data(tmp_path / "bytes", tokens[:3000], tokens[3000:], V)
+    theirs = build_theirs(vocab_size=320, bias=False, scale_attn_by_inverse_layer_idx=True)
+    (copy / "official").mkdir()
+    as_sophia(theirs, copy / "official/ckpt.pt")
+    settings = {**SHAPE, "bias": False, "scale_attn_by_inverse_layer_idx": True}
+    words = flags(**settings, block_size=CONTEXT, batch_size=4, total_batch_size=8, eval_iters=0,
+                  device="cpu", compile=False, dataset=data, wandb_log=False)
+    output = shell(" ".join([command("official"), *words]), copy)
+    assert f"val loss {their_loss(theirs, data):.4f}" in output
+
+
+def test_snippets_of_the_faq_run_in_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+
+    def hessian():
+        return torch.cat([s["hessian"].flatten() for s in names["optimizer"].state.values()])
+
+    exec(compile(SNIPPETS[0], "faq", "exec"), names)
+    model, optimizer = names["model"], names["optimizer"]
+    assert optimizer.param_groups[0]["bs"] == 4 * 8 * 64
+    exec(compile(SNIPPETS[1], "faq", "exec"), names)
+    after_one = hessian()
+    assert after_one.any()
+    exec(compile(SNIPPETS[2], "faq", "exec"), names)
+    after_two = hessian()
+    # Unscaled before it is squared: not 65,536 ** 2 times as large.
+    assert not torch.equal(after_one, after_two) and after_two.sum() < 5 * after_one.sum()
+    with torch.no_grad():
+        model[1].bias[0] = torch.inf
+    exec(compile(SNIPPETS[2].replace("sampled_label_loss(batch)", "model(batch).sum()"), "faq",
+                 "exec"), names)
+    assert torch.equal(hessian(), after_two) and optimizer.found_inf is None
+    exec(compile(SNIPPETS[3], "faq", "exec"), names)
+    decays = {id(p): group["weight_decay"] for group in names["optimizer"].param_groups
+              for p in group["params"]}
+    assert [decays[id(p)] for p in model.parameters()] == [0.0, 0.2, 0.0]
+
+    official = SophiaG([{"params": group["params"]} for group in names["optimizer"].param_groups])
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    official.step()
+    official.update_hessian()
+    saved = official.state_dict()
+    for group in saved["param_groups"]:
+        del group["bs"], group["fused"], group["target_win_rate"]
+    os.mkdir("official")
+    torch.save({"optimizer": saved}, "official/ckpt.pt")
+    exec(compile(SNIPPETS[4], "faq", "exec"), names)
+    assert len(SNIPPETS) == 5
+    assert torch.equal(hessian(), torch.full_like(after_two, 0.01))
+    assert all(group["bs"] == 4 * 8 * 64 for group in names["optimizer"].param_groups)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files_and_headings(page):
+    text = (ROOT / "docs" / page).read_text()
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text)
+             if not link.startswith(("http", "../examples/"))]
+    assert len(links) >= 3
+    for link in links:
+        path, _, anchor = link.partition("#")
+        target = ROOT / "docs" / path
+        assert target.exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), re.M)
+            assert anchor in [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-")
+                              for heading in headings], link
+
+
+def test_the_toy_landscape_shows_what_its_caption_says():
+    loss, best_path = FIGURES["toy_loss"], FIGURES["best_path"]
+    paths = {method: best_path(method) for method in FIGURES["METHODS"]}
+    ends = {method: loss(path[-1]) for method, path in paths.items()}
+    assert len(COLOURS) >= len(paths)
+    np.testing.assert_allclose(paths["Newton"][-1], (0, 4), atol=1e-9)    # the saddle
+    np.testing.assert_allclose(paths["Sophia"][-1], (1, 4), atol=1e-6)    # a minimum
+    assert min(ends, key=ends.get) == "Sophia"
+    assert paths["gradient descent"][-1][1] < 2                            # still on its way to 4
+    steps = np.abs(np.diff(paths["sign descent"], axis=0))
+    np.testing.assert_allclose(steps, steps[0, 0])                         # equal in both
+    late = loss(paths["Adam"][len(steps) // 2:].T)
+    assert late.max() > 5 * late[0]                                        # thrown back
+
+
+def test_kinds_of_parameters_add_up_to_the_win_rate_that_was_logged(tiny_data, tmp_path):
+    out = tmp_path / "run"
+    train(out, tiny_data, hessian_interval=2, rho=0.5, target_win_rate=0.3, max_iters=40)
+    ratios = FIGURES["clip_ratios"](str(out))
+    saved = checkpoint.load(checkpoint.path_of(out, 40))
+    shapes = {name: t.numel() for name, t in saved["model"].items() if name != "lm_head.weight"}
+    wanted = {"token embedding": shapes["transformer.wte.weight"],
+              "position embedding": shapes["transformer.wpe.weight"],
+              "attention": 2 * (3 + 1) * 32 * 32, "MLP": 2 * (4 + 4) * 32 * 32, "norms": 5 * 32}
+    assert {kind: ratio.size for kind, ratio in ratios.items()} == wanted
+    assert sum(wanted.values()) == sum(shapes.values())
+    win_rate = np.mean(np.concatenate(list(ratios.values())) < 1)
+    logged = records(out, "train/win_rate")[-1]["train/win_rate"]
+    assert 0.05 < logged < 0.95 and abs(win_rate - logged) < 2 / sum(wanted.values())
+
+
+def test_figures_refuse_what_is_no_run_of_sophiag(tiny_data, tmp_path):
+    train(tmp_path / "adamw", tiny_data, optimizer="adamw", max_iters=2)
+    assert json.loads((tmp_path / "adamw/config.json").read_text())["optimizer"] == "adamw"
+    before = {path: path.stat().st_mtime_ns for path in ROOT.glob("docs/*.png")}
+    for folder, word in ("adamw", "adamw"), ("nowhere", "config/quickstart_sophiag.py"):
+        done = run("docs/figures.py", tmp_path / folder)
+        assert done.returncode == 2 and word in done.stderr and done.stderr.count("\n") == 1
+    assert before == {path: path.stat().st_mtime_ns for path in ROOT.glob("docs/*.png")}

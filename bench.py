@@ -5,9 +5,9 @@ How fast the parts of a run are on this machine: medians of interleaved repetiti
     python bench.py --only=optimizer,generate --repeat=5 --json=bench.json
     python bench.py config/quickstart_sophiag.py --only=ranks
 
-Sections: optimizer, step, memory, data, generate; and, when asked for, ranks (train.py with one
-rank against two, a thread or GPU each). Settings and files are train.py's; without the data set,
-tokens are random.
+Sections: optimizer, step, head, memory, data, generate; and, when asked for, ranks (train.py with
+one rank against two, a thread or GPU each). Settings and files are train.py's; without the data
+set, tokens are random.
 """
 import json
 import math
@@ -22,8 +22,13 @@ import time
 
 import torch
 import torch.nn.functional as F
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 import ddp
+import train
 from configurator import ROOT, ArgumentParser, UserError, load_config, run_script
 from dataloader import DataLoader
 from metrics import peak_flops, read_metrics
@@ -66,12 +71,14 @@ def plain_loss(model, x, y):
     """The model's loss as one would write it down: attention as a T x T matrix, GELU by its
     formula, all logits at once."""
     C, T, layers = model.config.n_embd, x.shape[1], model.transformer
+    root = math.sqrt(C // model.config.n_head)
     future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
     h = layers.wte(x) + layers.wpe(torch.arange(T, device=x.device))
     for block in layers.h:
         q, k, v = (t.unflatten(2, (model.config.n_head, -1)).transpose(1, 2)
                    for t in block.attn.c_attn(block.ln_1(h)).split(C, dim=2))
-        attention = q @ k.transpose(2, 3) * block.attn.scale
+        scale = 1 if block.attn.scale is None else block.attn.scale   # 1 / (layer + 1)
+        attention = q @ k.transpose(2, 3) * scale / root
         attention = attention.masked_fill(future, -torch.inf).softmax(-1)
         h = h + block.attn.c_proj((attention @ v).transpose(1, 2).flatten(2))
         u = block.mlp.c_fc(block.ln_2(h))
@@ -214,6 +221,37 @@ def bench_step(cfg, device, repeat, vocab_size, data, compile_model, trace):
         profiler.export_chrome_trace(trace)
 
 
+def bench_head(cfg, device, repeat, vocab_size, compile_model):
+    """Forward and backward of the head alone, from hidden states (tokens, C) to their gradient and
+    the weight's, against all logits at once and against PyTorch's own chunked loss."""
+    model = random_model(cfg, device, vocab_size)
+    if compile_model:
+        model.compile_for_training()
+    dtype = ddp.pick_dtype(cfg.dtype, device)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    weight, tokens = model.lm_head.weight, cfg.batch_size * cfg.block_size
+    h = torch.randn(tokens, cfg.n_embd, device=device, requires_grad=True)
+    y = torch.randint(vocab_size, (tokens,), device=device)
+    cross_entropy = torch.compile(F.cross_entropy) if compile_model else F.cross_entropy
+
+    def timed(loss):
+        def both():
+            weight.grad = h.grad = None
+            with autocast:
+                value = loss()
+            value.backward()
+        return both
+
+    found = medians({
+        "ours": timed(lambda: model.head_loss(h, y)),
+        "all logits": timed(lambda: cross_entropy(F.linear(h, weight).float(), y)),
+        "F.linear_cross_entropy": timed(lambda: F.linear_cross_entropy(h.to(dtype),
+                                                                       weight.to(dtype), y)),
+    }, repeat, device)
+    for name, seconds in found.items():
+        yield name, seconds * 1e3, "ms", f"{seconds / found['ours']:.2f} x ours"
+
+
 def peak_memory(name, cfg, device, vocab_size, compile_model):
     """Peak, in bytes, during a pass that was made once before; of all of the process on a CPU."""
     _, functions = passes(cfg, device, vocab_size, compile_model)
@@ -245,14 +283,31 @@ def bench_memory(cfg, device, vocab_size, compile_model):
         yield name, peak / 1e9, "GB", f"{peak / peaks[0]:.2f} x plain"
 
 
+def train_and_time_the_optimizer(words):
+    """train.py, on one rank of several, and then a line: the median time of an optimizer step."""
+    times = []
+
+    def clock(sign):
+        def hook(*_):
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            times.append(sign * time.perf_counter())
+        return hook
+
+    register_optimizer_step_pre_hook(clock(-1))
+    register_optimizer_step_post_hook(clock(1))
+    train.main(words)
+    ddp.say(json.dumps({"optimizer": statistics.median(map(sum, zip(times[::2], times[1::2])))}))
+
+
 def bench_ranks(words, repeat):
-    """Throughput of train.py with one rank and with two, in turn."""
-    rates = {1: [], 2: []}
+    """Throughput of train.py with one rank and with two, in turn, and the optimizer's share."""
+    rates, shares = {1: [], 2: []}, {1: [], 2: []}
     for ranks in [1, 2] * repeat:
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                       f"--nproc_per_node={ranks}", os.path.join(ROOT, "train.py"), *words,
-                       f"--out_dir={folder}", "--max_iters=21", "--lr_decay_iters=21",
+                       f"--nproc_per_node={ranks}", os.path.join(ROOT, "bench.py"), "--one-rank",
+                       *words, f"--out_dir={folder}", "--max_iters=21", "--lr_decay_iters=21",
                        "--warmup_iters=1", "--log_interval=10", "--eval_iters=1"]
             done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"},
                                   capture_output=True, text=True)
@@ -260,10 +315,16 @@ def bench_ranks(words, repeat):
                 raise UserError(f"train.py with {ranks} ranks failed: "
                                 f"{(done.stderr.strip() or '?').splitlines()[-1]}")
             log = read_metrics(os.path.join(folder, "metrics.jsonl"))
-            rates[ranks].append([r["tokens_per_sec"] for r in log if "tokens_per_sec" in r][-1])
-    one, two = (statistics.median(r) for r in rates.values())
-    yield "1 rank", one, "tokens/s", ""
-    yield "2 ranks", two, "tokens/s", f"{two / one:.2f} x"
+            last = [r for r in log if "tokens_per_sec" in r][-1]
+        rates[ranks].append(last["tokens_per_sec"])
+        seconds = json.loads(done.stdout.splitlines()[-1])["optimizer"]
+        step = last["tokens"] / last["iter"] / last["tokens_per_sec"]
+        shares[ranks].append(seconds / step)
+    one = statistics.median(rates[1])
+    for ranks, found in rates.items():
+        rate, share = statistics.median(found), statistics.median(shares[ranks])
+        yield (f"{ranks} rank{'s' * (ranks > 1)}", rate, "tokens/s",
+               f"{rate / one:.2f} x, optimizer {share:.1%} of a step")
 
 
 def bench_data(data, repeat, device):
@@ -299,9 +360,12 @@ def bench_generate(cfg, device, vocab_size, tokens=512):
 
 
 def main(argv):
+    if "--one-rank" in argv:   # bench_ranks under torchrun
+        return train_and_time_the_optimizer([word for word in argv if word != "--one-rank"])
     parser = ArgumentParser(__doc__)
     parser.usage = "bench.py [config.py ...] [--key=value ...] [--only=...] [--repeat=N] ..."
-    parser.add_argument("--only", default="optimizer,step,memory,data,generate", metavar="SECTIONS")
+    parser.add_argument("--only", default="optimizer,step,head,memory,data,generate",
+                        metavar="SECTIONS")
     parser.add_argument("--repeat", type=int, default=5, metavar="N")
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
     parser.add_argument("--profile", metavar="FILE", help="write a trace of the training step, for "
@@ -322,6 +386,7 @@ def main(argv):
     sections = {
         "optimizer": lambda: bench_optimizer(cfg, device, repeat, vocab_size, fused),
         "step": lambda: bench_step(cfg, device, repeat, vocab_size, data, fused, args.profile),
+        "head": lambda: bench_head(cfg, device, repeat, vocab_size, fused),
         "memory": lambda: bench_memory(cfg, device, vocab_size, fused),
         "data": lambda: bench_data(data, repeat, device) if data else (),
         "generate": lambda: bench_generate(cfg, device, vocab_size),

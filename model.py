@@ -124,7 +124,11 @@ class GPT(nn.Module):
         if targets is None and label_noise is None:
             return F.linear(self._hidden(idx), self.lm_head.weight)[..., :self.config.vocab_size]
         h = self._hidden(idx, apply_block=self._apply_block).flatten(0, 1)
-        targets, label_noise = (None if t is None else t.flatten() for t in (targets, label_noise))
+        return self.head_loss(h, *(None if t is None else t.flatten()
+                                   for t in (targets, label_noise)))
+
+    def head_loss(self, h, targets=None, label_noise=None):
+        """The loss of hidden states h (N, C) against targets (N,) or drawn labels; see HeadLoss."""
         return HeadLoss.apply(h, self.lm_head.weight, targets, label_noise, self.config.vocab_size,
                               self._loss_and_gradient)
 

@@ -233,8 +233,9 @@ def test_two_ranks_compile_no_more_than_one_and_exchange_gradients_during_backwa
                 "hessian_interval": 5, "compile": True, "dataset": tiny_data}
     graphs = {}
     for ranks in 1, 2:
-        done = run("tests/compiled_ranks.py", ranks=ranks, *flags(**{
-            **settings, "out_dir": tmp_path / str(ranks), "total_batch_size": 8 * ranks}))
+        words = flags(**{**settings, "out_dir": tmp_path / str(ranks),
+                         "total_batch_size": 8 * ranks})
+        done = run("tests/compiled_ranks.py", *words, ranks=ranks)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "fused optimizer" not in done.stderr and "recompile_limit" not in done.stderr
         found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

@@ -1,6 +1,5 @@
 """
-Weights in the formats of others: Hugging Face's GPT-2, read and written; ckpt.pt of nanoGPT and of
-the official Sophia code, read.
+Weights from elsewhere: Hugging Face's GPT-2, and ckpt.pt of nanoGPT and the official Sophia code.
 """
 import json
 import os
@@ -126,30 +125,3 @@ def adapted(source, config, found, vocab_size, bias):
     return {"model": {name: tensor for name, tensor in weights.items()
                       if has_bias or name not in biases},
             "model_args": {**args, "vocab_multiple": fitting[0]}}
-
-
-def hf_weights(model):
-    """Our state_dict under the names of GPT2LMHeadModel: Conv1D holds (in, out) and has a bias,
-    zero where we have none; the tied head is not stored."""
-    weights = {}
-    for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight":
-            continue
-        weights[name] = (tensor.t() if is_linear(name) else tensor).contiguous()
-        if is_linear(name) or ".ln_" in name and name.endswith(".weight"):
-            weights.setdefault(name.replace(".weight", ".bias"), tensor.new_zeros(len(tensor)))
-    return weights
-
-
-def hf_config(config, eot_id):
-    """Contents of config.json and generation_config.json. The vocabulary is the padded one, and
-    generation is told to leave the padding out."""
-    ends = {"bos_token_id": eot_id, "eos_token_id": eot_id}
-    padding = list(range(config.vocab_size, config.padded_vocab_size))
-    return {"architectures": ["GPT2LMHeadModel"], **FIXED,
-            "vocab_size": config.padded_vocab_size, "n_positions": config.block_size,
-            "n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd,
-            "scale_attn_by_inverse_layer_idx": config.scale_attn_by_inverse_layer_idx,
-            "resid_pdrop": config.dropout, "embd_pdrop": config.dropout,
-            "attn_pdrop": config.dropout, "dtype": "float32",
-            **ends}, {**ends, "suppress_tokens": padding or None}

@@ -1,41 +1,137 @@
-"""export.py: what transformers loads is our model and our tokenizer."""
+"""export.py: a plain GPT-2 that other runtimes compute as we do, and that train.py reads back."""
 import json
+from dataclasses import asdict
 
+import ctranslate2
+import numpy as np
 import pytest
 import torch
-from conftest import run, train
+import torch.nn.functional as F
+from conftest import TINY, records, run, train, write_data
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import checkpoint
+import pretrained
 from export import hf_tokenizer
 from model import GPT, GPTConfig
-from sample import best_checkpoint
 from tokenizer import get_tokenizer
 
 TEXTS = ["def f(x):\n    return x", "naïve 東京 🙂 <b>\x00\x7f", "  two  spaces\t\n\n\n",
          "it's 1,234.5"]
+V, CONTEXT = 257, TINY["block_size"]   # bytes and end of text, padded to 320
+PLAIN = "--scale_attn_by_inverse_layer_idx=False"
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_exported_run_gives_equal_logits_and_greedy_text(tiny_data, tmp_path, bias):
-    train(tmp_path / "run", tiny_data, optimizer="adamw", learning_rate=1e-2, max_iters=20,
-          bias=bias)
-    done = run("export.py", str(tmp_path / "run"), f"--out={tmp_path}/hf")
-    assert done.returncode == 0, done.stderr
-    saved = checkpoint.load(best_checkpoint(str(tmp_path / "run")))
-    ours = GPT(GPTConfig(**saved["model_args"])).eval()
-    ours.load_state_dict(saved["model"])
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
-    c = ours.config
-    x = torch.randint(c.vocab_size, (2, c.block_size))
+@pytest.fixture(scope="module", params=[False, True], ids=["no bias", "bias"])
+def ours(request):
+    """A GPT with attention scaled by layer whose every tensor matters."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(V, CONTEXT, n_layer=3, n_head=2, n_embd=32, bias=request.param)).eval()
     with torch.no_grad():
-        torch.testing.assert_close(theirs(x).logits[..., :c.vocab_size], ours(x), rtol=0, atol=1e-4)
-    n, eot_id = c.block_size // 2, get_tokenizer(saved["tokenizer"]).eot_id
-    greedy = theirs.generate(x[:1, :n], max_new_tokens=n, do_sample=False)[0].tolist()
-    expected = ours.generate(x[:1, :n], n, temperature=0, eot_id=eot_id)[0].tolist()
-    assert greedy == expected
-    again = run("export.py", str(tmp_path / "run"), f"--out={tmp_path}/hf")
+        for name, p in model.named_parameters():
+            p.normal_(std=0.3)
+            if ".ln_" in name and name.endswith("weight"):
+                p += 1
+    return model
+
+
+@pytest.fixture
+def exported(ours, tmp_path):
+    """What export.py makes of ours. Called with words for its command line, it returns the folder;
+    the run is in tmp_path / "run"."""
+    checkpoint.save(tmp_path / "run", {
+        "model": ours.state_dict(), "model_args": asdict(ours.config), "optimizer": {}, "step": 1,
+        "best_step": 1, "config": {}, "tokenizer": "bytes", "data": {}}, 1)
+
+    def export(*words):
+        folder = tmp_path / "-".join(("hf", *words))
+        done = run("export.py", tmp_path / "run", f"--out={folder}", *words)
+        assert done.returncode == 0, done.stderr
+        return folder
+    return export
+
+
+@torch.no_grad()
+def test_other_runtimes_give_our_logits_and_greedy_text(ours, exported, tmp_path):
+    folder = exported()
+    x = torch.randint(V, (2, CONTEXT), generator=torch.Generator().manual_seed(0))
+    logits = ours(x)
+    unscaled = GPT(GPTConfig(**{**asdict(ours.config), "scale_attn_by_inverse_layer_idx": False}))
+    unscaled.load_state_dict(ours.state_dict())
+    assert (unscaled.eval()(x) - logits).abs().max() > 0.1   # a runtime must not ignore the scale
+    n = CONTEXT // 2
+    greedy = ours.generate(x[:1, :n], n, temperature=0, eot_id=V - 1)[0, n:].tolist()
+
+    theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
+    torch.testing.assert_close(theirs(x).logits, logits, rtol=0, atol=1e-4)
+    assert theirs.generate(x[:1, :n], max_new_tokens=n, do_sample=False)[0, n:].tolist() == greedy
+
+    ctranslate2.converters.TransformersConverter(str(folder)).convert(str(tmp_path / "ct2"))
+    generator = ctranslate2.Generator(str(tmp_path / "ct2"), device="cpu", intra_threads=1)
+    found = torch.from_numpy(np.array(generator.forward_batch(x.tolist())))
+    torch.testing.assert_close(found, logits, rtol=0, atol=1e-4)
+    prompt = AutoTokenizer.from_pretrained(folder).convert_ids_to_tokens(x[0, :n].tolist())
+    result, = generator.generate_batch([prompt], max_length=n, beam_size=1,
+                                       include_prompt_in_result=False)
+    assert result.sequences_ids[0] == greedy
+
+
+def test_config_is_that_of_any_gpt2(ours, exported):
+    folder = exported()
+    assert json.loads((folder / "config.json").read_text()) == {
+        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": V,
+        "n_positions": CONTEXT, "n_ctx": CONTEXT, "n_layer": 3, "n_head": 2, "n_embd": 32,
+        "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": V - 1, "eos_token_id": V - 1,
+        "dtype": "float32"}
+    again = run("export.py", folder.parent / "run", f"--out={folder}")
     assert again.returncode == 2 and "exists" in again.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_rounds_the_weights(ours, exported, dtype):
+    name = str(dtype).removeprefix("torch.")
+    half = exported(f"--dtype={name}")
+    precise = load_file(exported() / "model.safetensors")
+    rounded = load_file(half / "model.safetensors")
+    assert rounded.keys() == precise.keys()
+    assert all(tensor.dtype == dtype and torch.equal(tensor, precise[name].to(dtype))
+               for name, tensor in rounded.items())
+    assert AutoModelForCausalLM.from_pretrained(half).dtype == dtype
+    back = pretrained.load(str(half), V, ours.config.bias)
+    model = GPT(GPTConfig(**back["model_args"])).eval()
+    model.load_state_dict(back["model"])
+    theirs = AutoModelForCausalLM.from_pretrained(half, dtype=torch.float32).eval()
+    x = torch.randint(V, (2, CONTEXT))
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), theirs(x).logits, rtol=0, atol=1e-4)
+
+
+def test_finetuning_continues_from_it(ours, exported, tmp_path):
+    """It starts at the loss that transformers computes. A run whose attention is scaled by layer is
+    told which flag to pass."""
+    tokens = np.random.default_rng(0).integers(0, V, 4000)
+    data = write_data(tmp_path / "bytes", tokens[:3000], tokens[3000:], V)
+    folder = exported()
+    settings = dict(n_layer=3, bias=ours.config.bias, init_from=folder, eval_iters=0, max_iters=2,
+                    warmup_iters=1, eval_interval=1, hessian_interval=1)
+    back = pretrained.load(str(folder), V, ours.config.bias)
+    assert back["model_args"]["bias"] == ours.config.bias
+    model = GPT(GPTConfig(**back["model_args"])).eval()
+    model.load_state_dict(back["model"])
+    windows = torch.from_numpy(tokens[3000:]).unfold(0, CONTEXT + 1, CONTEXT)
+    with torch.no_grad():
+        torch.testing.assert_close(model(windows[:, 1:]), ours(windows[:, 1:]), rtol=0, atol=1e-4)
+        logits = AutoModelForCausalLM.from_pretrained(folder)(windows[:, :-1]).logits
+    loss = F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).item()
+
+    with pytest.raises(AssertionError, match=f"pass {PLAIN}\n"):
+        train(tmp_path / "tuned", data, **settings)
+    train(tmp_path / "tuned", data, PLAIN, **settings)
+    losses = [r["val/loss"] for r in records(tmp_path / "tuned", "val/loss")]
+    assert losses[0] == pytest.approx(loss, abs=1e-4)
+    assert losses[2] < losses[1] < losses[0]
 
 
 @pytest.mark.parametrize("name", ["bytes", "gpt2"])

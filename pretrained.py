@@ -15,9 +15,10 @@ from model import GPTConfig
 
 HUB = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")   # OpenAI's
 SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
-# What our GPT computes, in the words of config.json. One that leaves them out means these.
-FIXED = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
-         "scale_attn_weights": True, "add_cross_attention": False, "tie_word_embeddings": True}
+# What our GPT computes, in the words of config.json. The first is meant where one is left out.
+FIXED = {"model_type": ["gpt2"], "activation_function": ["gelu_new", "gelu_pytorch_tanh"],
+         "layer_norm_epsilon": [1e-5], "scale_attn_weights": [True],
+         "add_cross_attention": [False], "tie_word_embeddings": [True]}
 
 
 def is_linear(name):
@@ -44,7 +45,7 @@ def read_folder(folder):
     weights, names = {}, ["model.safetensors"]
     try:
         with open(path, encoding="utf-8") as file:
-            config = {**FIXED, **json.load(file)}
+            config = {**json.load(file)}
         path = os.path.join(folder, "model.safetensors.index.json")
         if os.path.exists(path):
             with open(path, encoding="utf-8") as file:
@@ -59,8 +60,9 @@ def read_folder(folder):
             SafetensorError) as error:
         raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from None
     for key, ours in FIXED.items():
-        if config[key] != ours:
-            raise UserError(f"{folder}/config.json has {key}={config[key]!r}, this GPT {ours!r}")
+        if config.get(key, ours[0]) not in ours:
+            raise UserError(f"{folder}/config.json has {key}={config[key]!r}, this GPT "
+                            f"{' or '.join(map(repr, ours))}")
     config["block_size"] = config.get("n_positions")
     return config, {name: t.transpose(0, -1) if is_linear(name) else t
                     for name, t in weights.items()}
@@ -99,6 +101,9 @@ def adapted(source, config, found, vocab_size, bias):
         if type(config.get(size)) is not int:
             raise UserError(f"{source} has {size}={config.get(size)!r}, no whole number (block_size"
                             f" is n_positions of config.json)")
+    if config.get("n_inner") not in (None, 4 * config["n_embd"]):
+        raise UserError(f"{source} has n_inner={config['n_inner']!r}, this GPT 4 x n_embd = "
+                        f"{4 * config['n_embd']}")
     # torch.compile, DDP and GPT2LMHeadModel each put a prefix before a name.
     found = {re.sub(r"^((_orig_mod|module|transformer)\.)*", "", str(name)): tensor
              for name, tensor in found.items()}

@@ -127,8 +127,9 @@ def gpt(start):
 
 @pytest.mark.parametrize("save, settings", [
     (plain, {}), (plain, dict(vocab_size=320)), (plain, dict(bias=False)), (sharded, {}),
-    (plain, dict(scale_attn_by_inverse_layer_idx=True)), (as_openai, {}), (with_head, {}),
-    (as_nanogpt, {}), (as_nanogpt, dict(vocab_size=320)),
+    (plain, dict(scale_attn_by_inverse_layer_idx=True)),
+    (plain, dict(activation_function="gelu_pytorch_tanh", n_inner=128)),
+    (as_openai, {}), (with_head, {}), (as_nanogpt, {}), (as_nanogpt, dict(vocab_size=320)),
     (as_sophia, dict(vocab_size=320, scale_attn_by_inverse_layer_idx=True, bias=False))])
 def test_logits_and_losses_equal_hugging_faces(data, tmp_path, save, settings):
     theirs = build_theirs(**settings)
@@ -257,6 +258,10 @@ MISTAKES = {
     "positions that config.json denies": ("wpe.weight 10000000", "",
                                           edit_config(n_positions=10**12)),
     "size of another type": ("n_positions block_size", "", edit_config(n_positions="40")),
+    "inner width in config.json": ("theirs n_inner=64 128", "", edit_config(n_inner=64)),
+    "untied head": ("tie_word_embeddings=False True", "", edit_config(tie_word_embeddings=False)),
+    "another GELU": ("activation_function='gelu' gelu_new gelu_pytorch_tanh", "",
+                     edit_config(activation_function="gelu")),
     "another inner width": ("h.0.mlp.c_fc.weight 64", "", edit_weights({
         f"{FIRST}mlp.c_fc.weight": torch.ones(32, 64)})),
     "three dimensions": ("h.0.mlp.c_fc.weight", "", edit_weights({

@@ -147,7 +147,8 @@ class GPT(nn.Module):
         """(B, T) float32 cross-entropy of each token, for evaluation and second derivatives."""
         h = self._hidden(idx).flatten(0, 1)
         rows = rows_per_chunk(h, self.config.padded_vocab_size)
-        losses = [F.cross_entropy(F.linear(h_i, self.lm_head.weight).float(), y_i, reduction="none")
+        losses = [F.cross_entropy(F.linear(h_i, self.lm_head.weight)[:, :self.config.vocab_size]
+                                  .float(), y_i, reduction="none")
                   for h_i, y_i in zip(h.split(rows), targets.flatten().split(rows))]
         return torch.cat(losses).view(idx.shape)
 
@@ -300,8 +301,8 @@ class HeadLoss(torch.autograd.Function):
     h: (N, C), weight: (padded classes, C). Returns a 0-dim tensor, float32 (float64 for float64).
 
     A chunk of rows at a time gives its loss, labels and gradients, and its logits are gone: the
-    (N, padded classes) matrix never exists and no matmul is done twice. Padded classes are in the
-    softmax of the loss, as in nanoGPT, but never a label.
+    (N, padded classes) matrix never exists and no matmul is done twice. Padded classes have
+    probability 0, so that padding a model changes neither its loss nor its gradients.
 
     F.linear_cross_entropy was the alternative. On bfloat16 input it returns a bfloat16 loss (4.84
     for 4.86), on float16 input its gradients underflow before the scale of a GradScaler reaches
@@ -325,8 +326,10 @@ class HeadLoss(torch.autograd.Function):
             h_i = h[i:i + rows]
             targets_i, noise_i = (None if t is None else t[i:i + rows]
                                   for t in (targets, label_noise))
-            loss_i, grad_logits = loss_and_gradient(F.linear(h_i, w), targets_i, noise_i,
-                                                    vocab_size, precise)
+            logits = F.linear(h_i, w)
+            logits[:, vocab_size:] = -torch.inf
+            loss_i, grad_logits = loss_and_gradient(logits, targets_i, noise_i, vocab_size,
+                                                    precise)
             loss += loss_i
             torch.mm(grad_logits, w, out=grad_h[i:i + rows])
             if h.dtype == weight.dtype:

@@ -6,6 +6,7 @@ import os
 import re
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -74,7 +75,8 @@ def load(source, vocab_size, bias):
     Hugging Face's format or with a ckpt.pt, or a file, ours, nanoGPT's or official Sophia's. Raises
     UserError.
 
-    vocab_size: tokens of the data. The file's embedding has a row for each, or is padded as ours.
+    vocab_size: tokens of the data. The file's embedding has a row for each, and is then padded with
+    zeros, or is padded as ours.
     bias: whether to keep biases that are all zero, as they are where export.py made them up.
 
     A ckpt.pt that does not say whether attention is scaled by layer is nanoGPT's, where it is not.
@@ -122,11 +124,12 @@ def adapted(source, config, found, vocab_size, bias):
     has_bias = bool(biases) and (bias or any(weights[name].any() for name in biases))
     args = {**{size: config[size] for size in SIZES}, "vocab_size": vocab_size, "bias": has_bias,
             "scale_attn_by_inverse_layer_idx": config.get("scale_attn_by_inverse_layer_idx", False)}
-    fitting = [multiple for multiple in (GPTConfig.vocab_multiple, 1) if config["vocab_size"] ==
-               GPTConfig(vocab_size, vocab_multiple=multiple).padded_vocab_size]
-    if not fitting:
+    padded = GPTConfig(vocab_size).padded_vocab_size
+    if config["vocab_size"] not in (vocab_size, padded):
         raise UserError(f"{source} has a vocabulary of {config['vocab_size']} rows, the data one "
                         f"of {vocab_size}: made with another tokenizer")
+    for name in "transformer.wte.weight", "lm_head.weight":
+        weights[name] = F.pad(weights[name], (0, 0, 0, padded - config["vocab_size"]))
     return {"model": {name: tensor for name, tensor in weights.items()
                       if has_bias or name not in biases},
-            "model_args": {**args, "vocab_multiple": fitting[0]}}
+            "model_args": args}

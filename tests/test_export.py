@@ -118,6 +118,7 @@ def test_finetuning_continues_from_it(ours, exported, tmp_path):
                     warmup_iters=1, eval_interval=1, hessian_interval=1)
     back = pretrained.load(str(folder), V, ours.config.bias)
     assert back["model_args"]["bias"] == ours.config.bias
+    assert GPTConfig(**back["model_args"]).padded_vocab_size == 320
     model = GPT(GPTConfig(**back["model_args"])).eval()
     model.load_state_dict(back["model"])
     windows = torch.from_numpy(tokens[3000:]).unfold(0, CONTEXT + 1, CONTEXT)

@@ -84,7 +84,8 @@ def plain_loss(model, x, y):
         u = block.mlp.c_fc(block.ln_2(h))
         u = 0.5 * u * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u ** 3)))
         h = h + block.mlp.c_proj(u)
-    return F.cross_entropy(model.lm_head(layers.ln_f(h)).flatten(0, 1).float(), y.flatten())
+    logits = model.lm_head(layers.ln_f(h))[..., :model.config.vocab_size]
+    return F.cross_entropy(logits.flatten(0, 1).float(), y.flatten())
 
 
 def random_model(cfg, device, vocab_size):

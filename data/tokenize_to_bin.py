@@ -8,6 +8,7 @@ that was stopped, in whatever way, goes on from there when called again.
 """
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -25,6 +26,7 @@ from configurator import ArgumentParser, UserError, claim, write_atomically  # n
 from tokenizer import get_tokenizer  # noqa: E402
 
 SPLITS = ("train", "val")
+NOT_PLANNED = ("out_dir", "workers", "restart")   # arguments that do not decide the tokens
 BATCH_BYTES = 2**20   # text that a worker takes at a time
 SAVE_SECONDS = 10
 
@@ -40,6 +42,8 @@ def prepare_arguments(doc, tokenizer):
                         help="where the bins go (default: beside this script)")
     parser.add_argument("--workers", type=int, default=cores,
                         help="threads that tokenize (now %(default)s)")
+    parser.add_argument("--restart", action="store_true",
+                        help="begin anew, over an unfinished preparation")
     return parser
 
 
@@ -70,28 +74,33 @@ def write_json(path, value):
     write_atomically(path, lambda file: file.write(content))
 
 
-def write_bins(args, source, split):
+def counts(left_out):
+    return ", ".join(f"{n:,} {what}" for what, n in left_out.items())
+
+
+def write_bins(args, source, split, tail=0.0):
     """
     Write the bins and meta.json into args.out_dir and return meta. source: see documents.py;
-    split(index, utf8) -> 'train' or 'val' for a document. Documents that cannot be used are counted
-    and left out. Raises UserError, and then leaves alone what is there.
+    split(index, utf8) -> 'train' or 'val' for a document. tail: share of the tokens, from the end,
+    that are val, where split puts no document there. Documents that cannot be used are counted and
+    left out. Raises UserError, and then leaves alone what is there.
     """
     if args.workers < 1:
         raise UserError(f"workers must be at least 1, got {args.workers}")
     tokenizer = get_tokenizer(args.tokenizer)
     # What decides the tokens. Stays in meta.json, to tell where they are from.
-    plan = {name: value for name, value in vars(args).items() if name not in ("out_dir", "workers")}
+    plan = {name: value for name, value in vars(args).items() if name not in NOT_PLANNED}
     plan["identity"] = source.identity
     train_path, meta_path = (os.path.join(args.out_dir, f) for f in ("train.bin", "meta.json"))
     meta = read_json(meta_path)
-    bins = Unfinished(args.out_dir, plan, tokenizer)
+    bins = Unfinished(args.out_dir, plan, tokenizer, args.restart)
     if meta is None:
-        if os.path.exists(train_path) and not bins.resumed:
+        if os.path.exists(train_path) and not os.path.exists(bins.state_path):
             raise UserError(f"{train_path} exists, made by something else; move it or choose "
                             f"another --out_dir")
         try:
             os.makedirs(args.out_dir, exist_ok=True)
-            meta = bins.complete(source, split, args.workers)
+            meta = bins.complete(source, split, tail, args.workers)
         except OSError as error:
             raise UserError(f"{args.out_dir}: {error}; once that is mended, the same command goes "
                             f"on from where it stopped") from None
@@ -102,8 +111,7 @@ def write_bins(args, source, split):
         path = os.path.relpath(os.path.join(args.out_dir, f"{name}.bin"))
         print(f"{path}: {meta[f'{name}_tokens']:,} tokens")
     if meta["left_out"]:
-        print("documents left out:", ", ".join(f"{n:,} {what}"
-                                               for what, n in meta["left_out"].items()))
+        print("documents left out:", counts(meta["left_out"]))
     print(f"train on them with --dataset={os.path.relpath(args.out_dir)}")
     return meta
 
@@ -126,20 +134,19 @@ def batches(source, place):
 class Unfinished:
     """Bins in the making: *.bin.part, and in unfinished.json what they hold and where from."""
 
-    def __init__(self, out_dir, plan, tokenizer):
+    def __init__(self, out_dir, plan, tokenizer, restart):
         self.out_dir, self.plan, self.tokenizer = out_dir, plan, tokenizer
         self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
         self.state_path = os.path.join(out_dir, "unfinished.json")
         self.files = {}
-        self.state = read_json(self.state_path)
-        self.resumed = self.state is not None
-        if not self.resumed:
+        self.state = None if restart else read_json(self.state_path)
+        if self.state is None:
             self.state = {"plan": plan, "place": {"file": 0, "skip": 0, "documents": 0}, "read": 0,
                           "tokens": dict.fromkeys(SPLITS, 0), "crc32": dict.fromkeys(SPLITS, 0),
                           "left_out": {}, "samples": [], "meta": None}
         elif self.state["plan"] != plan:
             raise UserError(f"{out_dir} holds an unfinished preparation of other data or settings; "
-                            f"finish it, or delete {self.state_path}, or choose another --out_dir")
+                            f"pass --restart to begin anew, or choose another --out_dir")
         else:
             print(f"going on after {self.state['place']['documents']:,} documents")
 
@@ -153,8 +160,8 @@ class Unfinished:
             claim(file, f"another process is preparing {self.out_dir}; wait for it, or stop it")
             size = self.state["tokens"][split] * self.dtype.itemsize
             if file.tell() < size:
-                raise UserError(f"{self.path(split)} is shorter than it was; delete "
-                                f"{self.state_path} to begin anew")
+                raise UserError(f"{self.path(split)} is shorter than it was; pass --restart to "
+                                f"begin anew")
             file.truncate(size)
         return self
 
@@ -162,12 +169,20 @@ class Unfinished:
         for file in self.files.values():
             file.close()
 
-    def complete(self, source, split, workers):
+    def complete(self, source, split, tail, workers):
         """Tokenize what is left of the source, verify, and give the files their names."""
         meta = self.state["meta"]
         if meta is None:
             with self:
                 self.tokenize(source, split, workers)
+                if tail and self.state["tokens"]["train"] and not self.state["tokens"]["val"]:
+                    self.move_tail(tail)
+            for name, tokens in self.state["tokens"].items():
+                if not tokens:
+                    left_out = counts(self.state["left_out"]) or "none"
+                    keys = f"; text is in {', '.join(source.text_keys)}" * bool(source.text_keys)
+                    raise UserError(f"no documents for {name}.bin (left out: {left_out}{keys}); "
+                                    f"pass --restart with other settings")
             meta = self.state["meta"] = self.verified()
             write_json(self.state_path, self.state)   # stopped from here on, only renames are left
         for name in SPLITS:
@@ -245,35 +260,56 @@ class Unfinished:
             "crc32": {split: zlib.crc32(ids[split], state["crc32"][split]) for split in SPLITS},
             "left_out": Counter(state["left_out"]) + bad}
 
+    def move_tail(self, fraction):
+        """Move the last tokens from train.bin.part to val.bin.part. If this is stopped before the
+        save, it is done again; after it, all that is left is to cut off train.bin.part."""
+        self.check_samples()
+        tokens = np.memmap(self.path("train"), self.dtype, "r")
+        count = len(tokens) - math.ceil(fraction * len(tokens))
+        if zlib.crc32(tokens) != self.state["crc32"]["train"]:
+            raise self.changed("train")
+        parts = {"train": tokens[:count], "val": tokens[count:]}
+        self.files["val"].write(parts["val"])
+        self.state = {
+            **self.state, "tokens": {name: len(part) for name, part in parts.items()},
+            "crc32": {name: zlib.crc32(part) for name, part in parts.items()},
+            "samples": [s for s in self.state["samples"] if s["start"] + s["tokens"] <= count]}
+        self.save()
+        self.files["train"].truncate(count * self.dtype.itemsize)
+
     def save(self):
         for file in self.files.values():
             file.flush()
             os.fsync(file.fileno())
         write_json(self.state_path, self.state)
 
+    def changed(self, split):
+        return UserError(f"{self.path(split)} is not what was written to it; check the disk and "
+                         f"pass --restart to begin anew")
+
     def verified(self):
         """Read everything back. Returns the contents of meta.json; raises UserError unless the
         parts are what was written, and samples decode to what was read."""
-        state, advice = self.state, f"delete {self.state_path} to begin anew"
+        state = self.state
         meta = {**self.plan, "vocab_size": self.tokenizer.vocab_size,
                 "eot_id": self.tokenizer.eot_id, "dtype": self.dtype.name,
                 "documents": state["place"]["documents"], "left_out": state["left_out"]}
         for split in SPLITS:
-            if not state["tokens"][split]:
-                raise UserError(f"no documents for {split}.bin; {advice} with other settings")
             sha256, crc32 = hashlib.sha256(), 0
             with open(self.path(split), "rb") as file:
                 while block := file.read(2**24):
                     sha256.update(block)
                     crc32 = zlib.crc32(block, crc32)
             if crc32 != state["crc32"][split]:
-                raise UserError(f"{self.path(split)} is not what was written to it; check the disk "
-                                f"and {advice}")
+                raise self.changed(split)
             meta[f"{split}_tokens"] = state["tokens"][split]
             meta[f"{split}_sha256"] = sha256.hexdigest()
-        for sample in state["samples"]:
+        self.check_samples()
+        return meta
+
+    def check_samples(self):
+        for sample in self.state["samples"]:
             ids = np.fromfile(self.path("train"), self.dtype, sample["tokens"] - 1,
                               offset=sample["start"] * self.dtype.itemsize)
             if digest(self.tokenizer.decode(ids.tolist()).encode()) != sample["digest"]:
                 raise UserError(f"document {sample['document']:,} is not what its tokens decode to")
-        return meta

@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import random
 import re
@@ -20,12 +21,13 @@ from argparse import Namespace
 from collections import Counter
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow
 import pytest
 import tiktoken
 import tokenize_to_bin
-from conftest import ROOT, environment, run, train
+from conftest import ROOT, command, environment, run, train
 from datasets import Dataset
 from documents import TXT_BYTES, Files, Texts, hub_files, split_txt
 from pyarrow import parquet
@@ -158,10 +160,10 @@ def test_a_stopped_preparation_goes_on(shards, expected, tmp_path, number):
     assert sorted(os.listdir(tmp_path)) == ["meta.json", "train.bin", "val.bin"]
 
 
-def write_format(folder, texts, suffix):
-    """texts in two files of one format."""
+def write_format(folder, texts, suffix, first=100):
+    """texts in two files of one format, `first` of them in the first."""
     folder.mkdir()
-    for i, part in enumerate((texts[:100], texts[100:])):
+    for i, part in enumerate((texts[:first], texts[first:])):
         if suffix == ".parquet":
             parquet.write_table(pyarrow.table({"body": part}), folder / f"{i}.parquet")
             continue
@@ -212,7 +214,7 @@ def test_bad_lines_of_jsonl_are_counted(tmp_path):
     assert texts_of(tmp_path / "out", "train") == ["good"]
     assert texts_of(tmp_path / "out", "val") == ["also good"]
     left_out = json.loads((tmp_path / "out/meta.json").read_text())["left_out"]
-    assert left_out == {"not JSON": 1, "empty": 2, "without text": 3, "text is not text": 1,
+    assert left_out == {"not JSON": 1, "empty": 2, "without text": 3, "text is int, not text": 1,
                         "not UTF-8": 2}
 
 
@@ -239,8 +241,8 @@ def test_txt_is_cut_and_nothing_is_lost():
             assert all(piece.endswith(b"\n") for piece in pieces[:-1])
 
 
-def arguments(out_dir, tokenizer="bytes", **more):
-    return Namespace(out_dir=str(out_dir), tokenizer=tokenizer, workers=2, **more)
+def arguments(out_dir, tokenizer="bytes", restart=False, **more):
+    return Namespace(out_dir=str(out_dir), tokenizer=tokenizer, workers=2, restart=restart, **more)
 
 
 def texts_of(folder, split):
@@ -293,6 +295,149 @@ def test_memory_does_not_grow_with_the_source(tmp_path):
     assert peaks[1] < peaks[0] + 15, peaks
 
 
+def ids_of(folder):
+    return [np.fromfile(folder / f"{split}.bin", "<u2") for split in ("train", "val")]
+
+
+@pytest.mark.parametrize("size, words, share", [
+    (1_000, [], 0.1), (200_000, [], 0.1), (2_000_000, [], 2**17 / 2_000_000),
+    (14_000_000, [], 0.01), (200_000, ["--val_fraction=0.35"], 0.35)])
+def test_val_is_the_end_of_a_single_text(tmp_path, size, words, share):
+    line = "It was the best of times, it was the worst of times, 東京.\n".encode()
+    text = (line * (size // len(line) + 1))[:size].decode(errors="ignore").encode()
+    (tmp_path / "book.txt").write_bytes(text)
+    output = prepared(CUSTOM, f"--source={tmp_path}/book.txt", f"--out_dir={tmp_path}",
+                      "--tokenizer=bytes", *words)
+    train_ids, val_ids = ids_of(tmp_path)
+    ids = np.concatenate([train_ids, val_ids])
+    assert bytes(ids[ids < 256].astype(np.uint8)) == text and ids[-1] == 256
+    assert abs(len(val_ids) - share * len(ids)) < 1e-4 * len(ids) + 1
+    assert [line for line in output.splitlines() if line.startswith("val: ")] == [
+        f"val: the last {100 * round(share, 4):.3g}% of the tokens, since there are fewer than "
+        f"{math.ceil(10 / round(share, 4))} documents"]
+    if size >= 2_000_000:   # an evaluation of the quickstart
+        assert len(val_ids) >= 32 * 8 * 256
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".txt.gz", ".jsonl", ".parquet"])
+def test_only_many_documents_are_split_by_document(tmp_path, suffix):
+    for count in 99, 100:
+        folder = tmp_path / str(count)
+        texts = [f"document {i} " * (i + 1) for i in range(count)]
+        write_format(folder, texts, suffix, 50)
+        output = prepared(CUSTOM, f"--source={folder}", f"--out_dir={folder}/out", "--field=body",
+                          "--tokenizer=bytes")
+        if count == 100:
+            train_texts, val_texts = (texts_of(folder / "out", s) for s in ("train", "val"))
+            assert "10% of the documents" in output and set(train_texts + val_texts) == set(texts)
+            assert val_texts and not set(train_texts) & set(val_texts)
+        else:
+            assert "the last 10% of the tokens" in output
+            ids = np.concatenate(ids_of(folder / "out"))
+            assert bytes(ids[ids < 256].astype(np.uint8)) == "".join(texts).encode()
+
+
+def test_documents_are_counted_across_the_blocks_that_are_read(tmp_path):
+    for length in range(2**20 - 30, 2**20 + 4):   # the separator lies across the end of a block
+        (tmp_path / "a.txt").write_text("x" * length + "<|endoftext|>" * 2 + "y")
+        assert Files(str(tmp_path)).count(9) == 3
+
+
+def test_the_size_of_the_text_is_that_of_its_column_beside_nested_ones(tmp_path):
+    rng = random.Random(0)   # random, so that a dictionary saves nothing
+    texts = ["".join(rng.choices("abcdefgh", k=1000)) for _ in range(200)]
+    meta = [{"a": i, "text": "x"} for i in range(200)]
+    parquet.write_table(pyarrow.table({"meta": meta, "id": range(200), "text": texts}),
+                        tmp_path / "a.parquet")
+    assert 200_000 <= Files(str(tmp_path)).text_bytes < 250_000
+
+
+def test_a_folder_of_mixed_files(tmp_path):
+    folder = tmp_path / "mixed"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "a.txt").write_text("first<|endoftext|>second")
+    (folder / "b.md").write_text("# third")
+    (folder / "c.jsonl").write_text('{"text": "fourth"}\n')
+    parquet.write_table(pyarrow.table({"text": ["fifth"]}), folder / "sub/d.parquet")
+    (folder / "e.txt.gz").write_bytes(gzip.compress(b"sixth"))
+    (folder / "f.pdf").write_bytes(b"%PDF \xff")
+    output = prepared(CUSTOM, f"--source={folder}", f"--out_dir={tmp_path}/out",
+                      "--tokenizer=bytes", "--val_fraction=0.01")
+    assert f"not read, because of the suffix (2 files): {folder}/b.md, {folder}/f.pdf" in output
+    text = bytes(np.concatenate(ids_of(tmp_path / "out")).astype(np.uint8))   # 256 becomes 0
+    assert text == b"first\0second\0fourth\0sixth\0fifth\0"
+    prepared(CUSTOM, f"--source={folder}/*.md", f"--out_dir={tmp_path}/md", "--tokenizer=bytes")
+    assert bytes(np.concatenate(ids_of(tmp_path / "md")).astype(np.uint8)) == b"# third\0"
+
+
+def test_standard_input_is_read_like_a_file(tmp_path):
+    text = ("It was the best of times. " * 9000).encode()
+    (tmp_path / "book.txt").write_bytes(text)
+    prepared(CUSTOM, f"--source={tmp_path}/book.txt", f"--out_dir={tmp_path}/file",
+             "--tokenizer=bytes")
+
+    def piped(text):
+        return subprocess.run(
+            command(CUSTOM, "--source=-", f"--out_dir={tmp_path}/pipe", "--tokenizer=bytes"),
+            input=text, cwd=ROOT, env=environment(), capture_output=True, timeout=120)
+
+    for _ in range(2):   # the same again is the same data set
+        assert piped(text).returncode == 0
+        assert bins(tmp_path / "pipe") == bins(tmp_path / "file")
+    again = piped(text + b"more")
+    assert again.returncode == 2 and b"another data set" in again.stderr
+
+
+def test_a_stop_while_the_tail_is_moved_loses_nothing(tmp_path, monkeypatch):
+    """Before the move, after it but before its state is saved, and right after that."""
+    texts, everything = Texts(some_documents(40)), lambda i, utf8: "train"
+    write_bins(arguments(tmp_path / "whole"), texts, everything, tail=0.3)
+    save = tokenize_to_bin.Unfinished.save   # call 1 ends the tokenizing, call 2 the move
+    for number, saved in (1, False), (2, False), (2, True):
+        calls = []
+
+        def stopped(bins, number=number, saved=saved, calls=calls):
+            calls.append(bins)
+            if saved or len(calls) < number:
+                save(bins)
+            if len(calls) == number:
+                raise KeyboardInterrupt
+
+        folder = tmp_path / f"{number}-{saved}"
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(tokenize_to_bin.Unfinished, "save", stopped)
+            write_bins(arguments(folder), texts, everything, tail=0.3)
+        write_bins(arguments(folder), texts, everything, tail=0.3)
+        assert bins(folder) == bins(tmp_path / "whole")
+
+
+def test_of_a_script_the_hubs_conversion_is_read(tmp_path, monkeypatch, capsys):
+    """datasets itself refuses the script; the conversion lies in a folder of the hub's layout."""
+    script = tmp_path / "openwebtext"
+    script.mkdir()
+    (script / "openwebtext.py").write_text("class Openwebtext: pass")
+    for split in "train", "partial-train":
+        folder = tmp_path / f"converted-{split}"
+        (folder / "plain_text" / split).mkdir(parents=True)
+        for i in range(2):
+            parquet.write_table(pyarrow.table({"text": [f"{split} {i}"]}),
+                                folder / f"plain_text/{split}/000{i}.parquet")
+        real = datasets.load_dataset_builder
+
+        def at_the_hub(name, config=None, revision=None, folder=folder, real=real, **more):
+            return real(str(folder) if revision == "refs/convert/parquet" else name, config, **more)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(datasets, "load_dataset_builder", at_the_hub)
+            found = Files(hub_files(str(script)))
+        output = capsys.readouterr().out
+        assert [os.path.relpath(p, folder) for p in found.paths] == [
+            f"plain_text/{split}/000{i}.parquet" for i in range(2)]
+        assert "Dataset scripts are no longer supported" in output
+        assert "the hub's own conversion" in output
+        assert ("only the first part" in output) == (split == "partial-train")
+
+
 def test_bins_of_ones_own_text_train_a_model(tmp_path):
     (tmp_path / "book.txt").write_text("It was the best of times. " * 20_000)
     output = prepared(CUSTOM, f"--source={tmp_path}/book.txt", f"--out_dir={tmp_path}/book",
@@ -335,24 +480,34 @@ def test_what_is_there_is_not_overwritten(tmp_path):
 
 
 @pytest.mark.parametrize("words, named", [
-    (["--source=/nowhere"], "/nowhere"), (["--source={}/a.md"], "no .parquet"),
-    (["--source={}/good.parquet", "--field=body"], "only id, text"),
+    (["--source=/nowhere"], "/nowhere"), (["--source={}/md"], "give a pattern"),
+    (["--source={}/md/a.md"], "no documents for train.bin (left out: none)"),
+    (["--source={}/good.parquet", "--field=body"], "no column 'body'; choose with --field among "
+     "the columns of text: text"),
+    (["--source={}/good.parquet", "--field=id"], "column 'id' is int64, not text"),
+    (["--source={}/good.parquet", "--field=chat"],
+     "column 'chat' is list<element: struct<role: string>>, not text"),
+    (["--source={}/chat.jsonl", "--field=chat"],
+     "no documents for train.bin (left out: 300 chat is list, not text; text is in title, note)"),
     (["--source={}/cut.parquet"], "cut.parquet is damaged"),
     (["--source={}/cut.jsonl.gz"], "cut.jsonl.gz is damaged"),
     (["--source={}/good.parquet", "--tokenizer=gpt5"], "gpt5"),
     (["--source={}/good.parquet", "--workers=0"], "workers"),
     (["--source={}/good.parquet", "--val_fraction=1"], "val_fraction"),
-    (["--source={}/one.txt"], "no documents for val.bin"),
     (["--source=s3:///x/y.txt"], "s3"), ([], "--source")])
 def test_mistakes_get_one_line(tmp_path, words, named):
     texts = some_documents(300)
-    parquet.write_table(pyarrow.table({"id": range(300), "text": texts}), tmp_path / "good.parquet")
+    chat = [[{"role": "user"}]] * 300
+    parquet.write_table(pyarrow.table({"id": range(300), "chat": chat, "text": texts}),
+                        tmp_path / "good.parquet")
+    (tmp_path / "chat.jsonl").write_text("".join(
+        json.dumps({"id": 1, "title": "", "chat": c, "note": ""}) + "\n" for c in chat))
     whole = (tmp_path / "good.parquet").read_bytes()
     (tmp_path / "cut.parquet").write_bytes(whole[:len(whole) // 2])
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(lines)[:-5000])
-    (tmp_path / "one.txt").write_text("a single document")
-    (tmp_path / "a.md").touch()
+    (tmp_path / "md").mkdir()
+    (tmp_path / "md/a.md").touch()
     words = [word.format(tmp_path) for word in words]
     assert named in refused(CUSTOM, f"--out_dir={tmp_path}/out", *words)
     assert not (tmp_path / "out/train.bin").exists()
@@ -392,8 +547,15 @@ def test_another_source_does_not_go_on_with_an_unfinished_one(tmp_path, monkeypa
     monkeypatch.setattr(tokenize_to_bin.Unfinished, "verified", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_bins(arguments(tmp_path), Texts(["a", "b"]), split_by_hash(0.5))
-    with pytest.raises(UserError, match="unfinished"):
-        write_bins(arguments(tmp_path), Texts(["a", "c"]), split_by_hash(0.5))
+    monkeypatch.undo()
+    other, half = Texts(["a", "c"]), lambda i, utf8: ["train", "val"][i]
+    with pytest.raises(UserError, match="--restart"):
+        write_bins(arguments(tmp_path), other, half)
+    write_bins(arguments(tmp_path, restart=True), other, half)
+    assert [texts_of(tmp_path, split) for split in ("train", "val")] == [["a"], ["c"]]
+    assert sorted(os.listdir(tmp_path)) == ["meta.json", "train.bin", "val.bin"]
+    with pytest.raises(UserError, match="another data set"):   # what is finished stays
+        write_bins(arguments(tmp_path, restart=True), Texts(["a", "b"]), half)
 
 
 def test_two_preparations_do_not_share_a_folder(tmp_path):

@@ -20,6 +20,10 @@ SHORT = dict(n_layer=1, n_head=2, n_embd=32, block_size=32, batch_size=1, total_
              max_iters=2, eval_iters=1, device="cpu", compile=False, wandb_log=False)
 
 
+def run(line):
+    return line.replace("python", sys.executable, 1)
+
+
 def made(line):
     """A make command, with this Python in place of the .venv that it would install."""
     return line.replace("make", f"make -o .venv/installed PY={sys.executable}", 1)
@@ -27,18 +31,23 @@ def made(line):
 
 def test_commands_are_those_that_are_tested_here():
     assert [c.split()[0] for c in COMMANDS] == (
-        ["make"] * 2 + ["python"] * 2 + ["torchrun"] * 4 + ["python"] * 6)
+        ["make"] * 2 + ["python"] * 4 + ["torchrun"] * 4 + ["python"] * 6)
 
 
 def test_data_is_prepared(copy, tmp_path):
     texts = [f"document {i}" for i in range(3000)]
     parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "0.parquet")
-    openwebtext, custom = (c.replace("python", sys.executable, 1) for c in COMMANDS[2:4])
-    assert "val.bin" in shell(f"{openwebtext} --source={tmp_path}", copy)
-    (copy / "notes").mkdir()
-    (copy / "notes" / "a.txt").write_text("<|endoftext|>".join(texts))
-    assert "--dataset=data/notes" in shell(custom, copy)
-    assert load_meta(str(copy / "data/notes"))["tokenizer"] == "gpt2"
+    assert "val.bin" in shell(f"{run(COMMANDS[2])} --source={tmp_path}", copy)
+
+
+def test_ones_own_text_becomes_a_model_in_three_commands(copy):
+    """A file of 200 KB, and the run as it is but for its length."""
+    (copy / "book.txt").write_text("It was the best of times, it was the worst of times.\n" * 3774)
+    prepare, train, sample = map(run, COMMANDS[3:6])
+    assert "--dataset=data/book" in shell(prepare, copy)
+    assert load_meta(str(copy / "data/book"))["val_tokens"] == 20_003   # a tenth
+    assert "finished at step 2" in shell(f"{train} --max_iters=2 --warmup_iters=1", copy)
+    assert "tokens in" in shell(sample, copy)
 
 
 def test_help_fits_a_screen(capsys):
@@ -94,8 +103,7 @@ def test_two_nodes_meet(copy, tiny_data, tmp_path):
 
 
 def test_other_commands_run_after_a_quickstart(copy):
-    train, sample, compare, export, bench, sweep = (c.replace("python", sys.executable, 1)
-                                                    for c in COMMANDS[-6:])
+    train, sample, compare, export, bench, sweep = map(run, COMMANDS[-6:])
     quick = " --max_iters=2 --warmup_iters=1 --eval_iters=1"
     for name in "sophiag", "adamw":
         shell(f"{sys.executable} data/pystdlib/prepare.py && {sys.executable} train.py "

@@ -5,6 +5,7 @@ two log lines: clipped steps, time, the first step that was not finite.
 import json
 import math
 import os
+import re
 import subprocess
 import time
 from dataclasses import asdict
@@ -15,9 +16,25 @@ import torch
 import ddp
 from configurator import ROOT, UserError, to_json, write_atomically
 
-# Dense bfloat16/float16 tensor-core peaks in FLOP/s, from NVIDIA's data sheets.
-PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12,
-              "RTX 4090": 165e12, "V100": 125e12, "T4": 65e12}
+# Dense bfloat16/float16 tensor-core peaks in FLOP/s, with float32 accumulation. Keys are regular
+# expressions for CUDA's name of the card. Most data sheets print the peak with sparsity, which is
+# twice the dense one.
+PEAK_FLOPS = {
+    "GB200": 2500e12,                                   # GB200 NVL72 data sheet
+    "B200": 2250e12,                                    # Blackwell data sheet, HGX B200
+    "GH200 .*": 989e12,                                 # GH200 Grace Hopper data sheet
+    "H200": 989e12, "H200 NVL": 836e12,                 # H200 data sheet
+    "H100 .*HBM3": 989e12, "H100 NVL": 836e12,          # H100 data sheet, SXM and NVL
+    "H100 PCIe": 756e12,                                # H100 data sheet of 2022
+    "A100[ -].*": 312e12,                               # A100 data sheet
+    "L40S": 362e12, "L4": 121e12,                       # L40S and L4 data sheets
+    "A10G": 70e12,                                      # A10G data sheet, published by AWS
+    "RTX A6000": 155e12,                                # RTX A6000 data sheet
+    "RTX 3090": 71e12,                                  # Ampere GA102 whitepaper
+    "RTX 4090": 165e12,                                 # Ada architecture whitepaper
+    "RTX 5090": 209.5e12,                               # RTX Blackwell architecture whitepaper
+    "V100-SXM.*": 125e12, "V100-PCIE.*": 112e12,        # V100 data sheet
+    "T4": 65e12}                                        # T4 data sheet
 WIN_RATES, ADVISE_AFTER = (0.05, 0.9), 20   # outside for so many log lines, rho is wrong
 MAX_SKIPPED = 20   # in a row: a GradScaler that begins at 2**16 has found its scale by then
 # Kept on the device: clipped steps and largest loss since the last log line; skipped updates of the
@@ -26,11 +43,19 @@ COUNTS = ("clipped", "loss_max", "skipped", "in_a_row")
 
 
 def peak_flops(device, dtype):
-    """Peak FLOP/s of the device in dtype, or None where it is not known."""
-    if device.type != "cuda" or dtype == torch.float32:
+    """Peak FLOP/s of the device in dtype. Where a GPU's is not known: None, and one line why."""
+    if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    card = re.sub("^(NVIDIA |Tesla |GeForce )*", "", name)
+    peaks = [peak for pattern, peak in PEAK_FLOPS.items() if re.fullmatch(pattern, card)]
+    if not peaks or " MIG " in card:
+        ddp.say(f"MFU is left out: PEAK_FLOPS in metrics.py has no peak for {name}")
+    elif dtype == torch.float32:
+        ddp.say("MFU is left out: PEAK_FLOPS in metrics.py has no peaks for float32")
+    else:
+        return peaks[0]
+    return None
 
 
 def git_commit():

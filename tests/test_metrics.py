@@ -12,13 +12,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import ROOT, TINY, command, environment, flags, records, run, train
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
 import checkpoint
 from configurator import FIELDS, UserError
-from metrics import read_metrics
+from metrics import peak_flops, read_metrics
 
 CLIP = 0.75   # about the middle of this run's gradient norms
 RUN = dict(max_iters=20, eval_interval=10, hessian_interval=5, lr_decay_iters=30, grad_clip=CLIP)
@@ -303,6 +304,30 @@ def test_advice_on_rho_is_given_once(tiny_data, tmp_path, rho, advice):
     output = train(tmp_path, tiny_data, **knobs, hessian_interval=1, eval_iters=1)
     assert output.count("win_rate has been") == (advice is not None)
     assert advice is None or f"win_rate has been {advice} rho" in output
+
+
+@pytest.mark.parametrize("card, teraflops", [
+    ("NVIDIA B200", 2250), ("NVIDIA GB200", 2500), ("NVIDIA H200", 989), ("NVIDIA H200 NVL", 836),
+    ("NVIDIA GH200 480GB", 989), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 NVL", 836),
+    ("NVIDIA H100 PCIe", 756), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A100 80GB PCIe", 312),
+    ("NVIDIA L40S", 362), ("NVIDIA L4", 121), ("NVIDIA A10G", 70), ("NVIDIA RTX A6000", 155),
+    ("NVIDIA GeForce RTX 3090", 71), ("NVIDIA GeForce RTX 4090", 165),
+    ("NVIDIA GeForce RTX 5090", 209.5), ("Tesla V100-SXM2-16GB", 125), ("Tesla T4", 65),
+    # Other cards whose names begin or end alike.
+    ("NVIDIA L40", None), ("NVIDIA A10", None), ("NVIDIA RTX A1000", None), ("NVIDIA GB300", None),
+    ("NVIDIA GeForce RTX 3090 Ti", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+    ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None)])
+def test_an_unknown_card_says_that_mfu_is_left_out(monkeypatch, capsys, card, teraflops):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
+    cuda = torch.device("cuda")
+    assert peak_flops(cuda, torch.bfloat16) == (teraflops and teraflops * 1e12)
+    said = capsys.readouterr().out
+    assert said == ("" if teraflops else "MFU is left out: PEAK_FLOPS in metrics.py has no peak "
+                    f"for {card}\n")
+    assert peak_flops(cuda, torch.float32) is None
+    assert ("float32" if teraflops else card) in capsys.readouterr().out
+    assert peak_flops(torch.device("cpu"), torch.bfloat16) is None
+    assert capsys.readouterr().out == ""
 
 
 def test_reading_metrics(tmp_path):

@@ -15,6 +15,7 @@ import math
 import os
 import sys
 import textwrap
+import time
 import types
 import typing
 from dataclasses import dataclass, field
@@ -41,8 +42,14 @@ class RankError(UserError):
 
 
 def run_script(main):
-    """Run a script's main(argv): a UserError becomes one line on stderr and exit code 2; Ctrl-C,
-    130."""
+    """
+    Run a script's main(argv): a UserError becomes one line on stderr and exit code 2; Ctrl-C, 130.
+    Under torchrun each rank also leaves its error in a file, for torchrun's summary.
+    """
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if error_file:
+        from torch.distributed.elastic.multiprocessing.errors import record
+        main = record(main)
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:
@@ -52,6 +59,10 @@ def run_script(main):
         if rank == 0 or isinstance(error, RankError):
             script = os.path.basename(sys.argv[0]) + f": rank {rank}" * (rank > 0)
             print(f"{script}: error: {error}", file=sys.stderr, flush=True)
+        if error_file:   # over the traceback that record() wrote there, in its format
+            extra = {"timestamp": str(int(time.time()))}
+            with open(error_file, "w", encoding="utf-8") as file:
+                json.dump({"message": {"message": f"error: {error}", "extraInfo": extra}}, file)
         sys.exit(2)
 
 
@@ -344,6 +355,17 @@ def resolve(cfg, world_size=1):
     if cfg.min_lr > cfg.learning_rate:
         raise UserError(f"min_lr={cfg.min_lr} is above learning_rate={cfg.learning_rate}")
     return cfg
+
+
+def less_memory(cfg, world_size):
+    """What to do where a run does not fit into memory."""
+    fitting = [size for size in range(1, cfg.batch_size)
+               if cfg.total_batch_size % (size * world_size) == 0]
+    if not fitting:
+        return (f"--batch_size is {cfg.batch_size} and cannot be lowered; choose a smaller model, a "
+                f"smaller --block_size or a device with more memory")
+    return (f"lower --batch_size, which is {cfg.batch_size}, for example to {fitting[-1]}; the "
+            f"update does not change, since it takes more micro-steps then")
 
 
 def to_json(cfg):

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from configurator import RankError, UserError
+from configurator import RankError, UserError, less_memory
 
 TIMEOUT = timedelta(minutes=30)   # a rank that waits longer than this for the others gives up
 
@@ -97,6 +97,20 @@ def naming_lost_ranks():
             raise
         raise RankError(f"another rank died, or did not answer for {TIMEOUT}; what it printed says "
                         f"why. Go on with --init_from=auto ({shorten(str(error), 200)})") from None
+
+
+@contextmanager
+def naming_batch_size(cfg):
+    """Turn running out of memory, on a GPU or the CPU, into a RankError that says what to do."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # RuntimeErrors of cuBLAS and of the CPU allocator have no class of their own.
+        signs = "out of memory", "ALLOC_FAILED", "can't allocate memory"
+        if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in signs):
+            raise
+        raise RankError(f"out of memory: {less_memory(cfg, world_size())} "
+                        f"({shorten(str(error), 200)})") from None
 
 
 def say(text):

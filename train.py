@@ -313,7 +313,7 @@ def train(cfg, world):
 
 def main(argv):
     cfg = load_config(argv, ddp.world_size())
-    with ddp.naming_lost_ranks():
+    with ddp.naming_lost_ranks(), ddp.naming_batch_size(cfg):
         train(cfg, ddp.join(cfg.device, cfg.backend))
     ddp.leave()
 

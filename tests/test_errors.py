@@ -3,13 +3,14 @@ Mistakes of a user, end to end: each ends in one line that names what is wrong, 
 file touched.
 """
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, command, environment, flags, run
+from conftest import ROOT, TINY, command, environment, flags, run
 
 GOOD = flags(**{**TINY, "dataset": "./data", "out_dir": "new", "max_iters": 4, "warmup_iters": 1,
                 "eval_interval": 2})   # with these words nothing is wrong
@@ -189,6 +190,40 @@ def test_a_fork_says_what_a_process_of_its_own_says(script, word, named):
     fork = run(script, word)
     assert ((fork.returncode, fork.stdout, fork.stderr)
             == (own.returncode, own.stdout, own.stderr))
+
+
+def root_cause(done):
+    """(rank, text) of the failure that torchrun's summary calls the root cause."""
+    assert done.returncode == 1
+    report = done.stderr.split("Root Cause")[1]
+    pattern = r" rank +: (\d+) .* traceback : (.*?)\s*\n==="
+    return re.search(pattern, report, re.S).groups()
+
+
+def test_torchruns_summary_shows_the_line():
+    done = subprocess.run(command("train.py", *GOOD, "--total_batch_size=9", ranks=2),
+                          env=environment(), capture_output=True, text=True)
+    line = "error: total_batch_size=9 is not divisible by batch_size=4 x 2 ranks; change either"
+    assert root_cause(done)[1] == line
+
+
+@pytest.mark.parametrize("error, shown", [
+    ("UserError('no tokens')", "error: no tokens"),
+    ("KeyError('mistake of ours')", r"Traceback .*, in main\n.*KeyError: 'mistake of ours'")])
+def test_torchruns_summary_shows_what_a_rank_other_than_0_met(tmp_path, error, shown):
+    script = tmp_path / "script.py"
+    script.write_text(f"""import os, time
+from configurator import UserError, run_script
+def main(argv):
+    if os.environ["RANK"] == "1":
+        raise {error}
+    time.sleep(60)
+run_script(main)
+""")
+    done = subprocess.run(command(script, ranks=2), env=environment(PYTHONPATH=str(ROOT)),
+                          capture_output=True, text=True)
+    rank, text = root_cause(done)
+    assert rank == "1" and re.fullmatch(shown, text, re.S), text
 
 
 @pytest.mark.parametrize("words, end", [("", "at step 4"), (RESUME, "at step 6"),

@@ -9,6 +9,7 @@ import sys
 import pyarrow
 import pytest
 from conftest import ROOT, code_blocks, environment, flags, shell
+from conftest import run as ranks_run
 from pyarrow import parquet
 
 from configurator import load_config
@@ -132,6 +133,15 @@ def test_second_snippet_updates_the_hessian_under_a_bare_step():
         optimizer.zero_grad()
         used = [bool(s["hessian"].any()) for s in optimizer.state.values()]
         assert all(used) == (step >= 10)
+
+
+def test_third_snippet_shards_a_model_over_two_ranks(tmp_path):
+    (tmp_path / "fsdp.py").write_text(SNIPPETS[2])
+    done = ranks_run(tmp_path / "fsdp.py", ranks=2)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == lines[1] and lines[2] == lines[3] and len(lines) == 4   # of the whole model
+    assert [line.split()[0] for line in lines] == ["10", "10", "20", "20"]
 
 
 def test_table_of_settings_is_that_of_the_configs():

@@ -263,8 +263,8 @@ def train(cfg, world):
             evaluating = step % cfg.eval_interval == 0 or finished or cfg.eval_only
             saved_before = resuming and step == first_step and not cfg.eval_only
             if (evaluating or stopping) and not saved_before:
+                metrics.check_skipped()   # waits for the device, so that its time counts
                 metrics.stop_clock()
-                metrics.check_skipped()
                 if evaluating:
                     val_loss, stderr = evaluate(raw_model, data, autocast)
                     metrics.log_eval(step, val_loss, stderr)
@@ -289,7 +289,7 @@ def train(cfg, world):
             grad_norm = clip_gradients(raw_model, optimizer, scaler, cfg.grad_clip)
             step += 1
             optimizer.found_inf = metrics.observe(step, loss, grad_norm)   # 1: skip this update
-            scaler.step(optimizer)
+            optimizer.step()   # scaler.step would wait for the device to know what found_inf says
             scaler.update()
 
             if hessian_due(step, cfg):

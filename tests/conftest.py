@@ -146,6 +146,20 @@ def records(out_dir, key="train/loss"):
         return [r for r in map(json.loads, file) if key in r]
 
 
+def between_log_lines(log_step, begin, end):
+    """Metrics.log_step, followed by begin() and, from the second call on, preceded by end()."""
+    begun = False
+
+    def wrapped(*args):
+        nonlocal begun
+        if begun:
+            end()
+        log_step(*args)
+        begun = True
+        begin()
+    return wrapped
+
+
 def write_data(folder, train_tokens, val_tokens, vocab_size=65, **meta):
     """A data set of given token ids, in the format of prepare.py."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -552,6 +552,7 @@ def test_another_source_does_not_go_on_with_an_unfinished_one(tmp_path, monkeypa
     with pytest.raises(UserError, match="--restart"):
         write_bins(arguments(tmp_path), other, half)
     write_bins(arguments(tmp_path, restart=True), other, half)
+    write_bins(arguments(tmp_path), other, half)   # nothing to do
     assert [texts_of(tmp_path, split) for split in ("train", "val")] == [["a"], ["c"]]
     assert sorted(os.listdir(tmp_path)) == ["meta.json", "train.bin", "val.bin"]
     with pytest.raises(UserError, match="another data set"):   # what is finished stays

@@ -47,8 +47,9 @@ def test_ones_own_text_becomes_a_model_in_three_commands(copy):
     prepare, train, sample = map(run, COMMANDS[3:6])
     assert "--dataset=data/book" in shell(prepare, copy)
     assert load_meta(str(copy / "data/book"))["val_tokens"] == 20_003   # a tenth
-    assert "finished at step 2" in shell(f"{train} --max_iters=2 --warmup_iters=1", copy)
-    assert "tokens in" in shell(sample, copy)
+    quick = " --max_iters=2 --warmup_iters=1 --eval_iters=1"
+    assert "finished at step 2" in shell(train + quick, copy)
+    assert "tokens in" in shell(sample + " --max_new_tokens=5", copy)
 
 
 def test_help_fits_a_screen(capsys):

@@ -174,6 +174,7 @@ def write_data(folder, train_tokens, val_tokens, vocab_size=65, **meta):
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="break training many more times")
+    parser.addoption("--device", default="cuda", help="where tests/test_cuda.py runs: cuda | cpu")
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,8 @@ import train
 from configurator import load_config
 from metrics import Metrics
 
-READS = torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default
+# Of operations whose result, or its shape, the host must know, such as item, equal and nonzero.
+READS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
 class Backend(backend_registration._DummyBackendModule):
@@ -80,8 +81,9 @@ class FarDevice(TorchDispatchMode):
             near_kwargs["device"] = "cpu"
         out = function(*near_args, **near_kwargs)
         to_host = copies and (target or args[0].device).type == "cpu"
-        if function in READS or any(far) and to_host:
+        if any(far) and (to_host or READS & set(function.tags)):
             self.note(f"read: {function}")
+        if to_host:
             return args[0] if str(function).startswith("aten.copy_") else out
         if copies and not all(far):
             self.note("upload")
@@ -110,7 +112,8 @@ def register(device):
 def reading(accumulate_gradients):
     """accumulate_gradients, after which the host reads the loss, each time in another way."""
     ways = itertools.cycle((torch.Tensor.item, float, int, bool, torch.Tensor.cpu,
-                            FarTensor.tolist, lambda t: torch.zeros(()).copy_(t)))
+                            FarTensor.tolist, lambda t: torch.zeros(()).copy_(t),
+                            torch.nonzero))
 
     def wrapped(*args):
         loss = accumulate_gradients(*args)

@@ -13,8 +13,8 @@ CASES = {"sophiag": {}, "float16": {"dtype": "float16"}, "steered": {"target_win
 
 def on_fake_device(out_dir, data, *words, **settings):
     """The events between each two log lines of a run with SETTINGS."""
-    done = run("tests/fake_device.py", *words, *flags(**SETTINGS, dataset=data, out_dir=out_dir,
-                                                      **settings))
+    knobs = {**SETTINGS, "dataset": data, "out_dir": out_dir, **settings}
+    done = run("tests/fake_device.py", *words, *flags(**knobs))
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -34,5 +34,6 @@ def test_nothing_is_read_between_log_lines(tiny_data, tmp_path, case):
 
 
 def test_every_kind_of_read_is_seen(tiny_data, tmp_path):
-    found = on_fake_device(tmp_path, tiny_data, "reading", optimizer="adamw")
-    assert [sum(n for name, n in events.items() if "read" in name) for events in found] == [5, 5]
+    found = on_fake_device(tmp_path, tiny_data, "reading", optimizer="adamw", log_interval=1)
+    assert len(found) == 14   # as many as there are ways, and more
+    assert all(sum(n for name, n in events.items() if "read" in name) == 1 for events in found)

@@ -29,6 +29,6 @@ data/pystdlib/meta.json: | .venv/installed
 	$(PY) -m pip install --progress-bar=on -r requirements.txt
 	touch $@
 
-.venv/installed-tests: .venv/installed requirements-test.txt
+.venv/installed-tests: .venv/installed requirements-test.txt examples/requirements.txt
 	$(PY) -m pip install -r requirements-test.txt
 	touch $@

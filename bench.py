@@ -13,7 +13,6 @@ import json
 import math
 import multiprocessing
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -31,7 +30,7 @@ import ddp
 import train
 from configurator import ROOT, ArgumentParser, UserError, load_config, run_script
 from dataloader import DataLoader
-from metrics import peak_flops, read_metrics
+from metrics import memory_estimate, peak_flops, read_metrics
 from model import GPT, GPTConfig
 from optim import hessian_due, make_optimizer, parameter_groups
 from train import (
@@ -41,6 +40,8 @@ from train import (
     estimate_hessian,
     next_token_loss,
 )
+
+STEP = "training step"
 
 
 def medians(functions, repeat, device):
@@ -140,15 +141,15 @@ def bench_optimizer(cfg, device, repeat, vocab_size, fused):
         yield name, seconds * 1e3, "ms", f"{seconds / found['copy, 6 passes']:.2f} x copy"
 
 
-def passes(cfg, device, vocab_size, compile_model):
-    """The model and {name: function}, the passes over a micro-batch of random tokens."""
+def passes(cfg, device, vocab_size, compile_model, micro_batches=1):
+    """The model and {name: function}, the passes over micro-batches of random tokens."""
     dtype = ddp.pick_dtype(cfg.dtype, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=False)
     model = random_model(cfg, device, vocab_size)
     if compile_model:
         model.compile_for_training()
-    shape = cfg.batch_size, cfg.block_size
+    shape = micro_batches * cfg.batch_size, cfg.block_size
     x, y = torch.randint(vocab_size, (2, *shape), device=device)
     noise = torch.rand(shape, device=device)
 
@@ -253,35 +254,59 @@ def bench_head(cfg, device, repeat, vocab_size, compile_model):
         yield name, seconds * 1e3, "ms", f"{seconds / found['ours']:.2f} x ours"
 
 
-def peak_memory(name, cfg, device, vocab_size, compile_model):
-    """Peak, in bytes, during a pass that was made once before; of all of the process on a CPU."""
-    _, functions = passes(cfg, device, vocab_size, compile_model)
-    functions[name]()
+def allocated_peak(function, device):
+    """Most bytes that PyTorch had allocated on the device at a time while function() ran."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        functions[name]()
+        function()
         return torch.cuda.max_memory_allocated()
-    if sys.platform == "linux":
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")   # the peak starts anew
-        functions[name]()
-        with open("/proc/self/status") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
-    functions[name]()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (sys.platform == "darwin" or 1024)
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        function()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = os.path.join(folder, "trace.json")
+        profiler.export_chrome_trace(trace)
+        with open(trace, encoding="utf-8") as file:
+            events = json.load(file)["traceEvents"]
+    return max(e["args"]["Total Allocated"] for e in events if e["name"] == "[memory]")
+
+
+def peak_memory(name, cfg, device, vocab_size, compile_model):
+    """Peak in bytes, model included, of a pass or of STEP: two micro-batches and the update, then
+    as much for the Hessian. Each is done twice, since the first time has no state yet."""
+    def run():
+        model, functions = passes(cfg, device, vocab_size, compile_model, 1 + (name == STEP))
+        calls = [functions.get(name)]
+        if name == STEP:
+            optimizer = make_optimizer(cfg, model, fused=compile_model)
+            optimizer.found_inf = torch.zeros((), device=device)
+            calls = [functions["forward and backward"], optimizer.step]
+            if hessian_due(cfg.hessian_interval, cfg) and cfg.squares_gradient:
+                calls += [functions["hessian: forward and backward"], optimizer.update_hessian]
+        for call in 2 * calls:
+            call()
+
+    return allocated_peak(run, device)
 
 
 def bench_memory(cfg, device, vocab_size, compile_model):
-    """Each in a process of its own: what one pass leaves to the allocator would count for the next.
-    """
+    """Each in a process of its own, where nothing else has been compiled or allocated."""
+    if device.type == "mps":   # PyTorch keeps no peak there
+        return
     names = ["plain forward and backward", "forward and backward"]
     if hessian_due(cfg.hessian_interval, cfg):
         names.append("hessian: forward and backward")
+    names.append(STEP)
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         peaks = pool.starmap(peak_memory, [(name, cfg, device, vocab_size, compile_model)
                                            for name in names], chunksize=1)
-    for name, peak in zip(names, peaks):
+    for name, peak in zip(names[:-1], peaks):
         yield name, peak / 1e9, "GB", f"{peak / peaks[0]:.2f} x plain"
+    yield f"{STEP}, {cfg.optimizer}", peaks[-1] / 1e9, "GB", ""
+    parts = memory_estimate(cfg, random_model(cfg, device, vocab_size),
+                            ddp.pick_dtype(cfg.dtype, device), compile_model)
+    estimate = sum(parts.values())
+    yield (f"{STEP}, estimate", estimate / 1e9, "GB",
+           f"{estimate / peaks[-1] - 1:+.1%} of the measurement")
 
 
 def train_and_time_the_optimizer(words):

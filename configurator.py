@@ -362,8 +362,8 @@ def less_memory(cfg, world_size):
     fitting = [size for size in range(1, cfg.batch_size)
                if cfg.total_batch_size % (size * world_size) == 0]
     if not fitting:
-        return (f"--batch_size is {cfg.batch_size} and cannot be lowered; choose a smaller model, "
-                f"a smaller --block_size or a device with more memory")
+        return (f"--batch_size is {cfg.batch_size} and cannot be lowered; choose a smaller model "
+                f"or --block_size, or a device with more memory")
     return (f"lower --batch_size, which is {cfg.batch_size}, for example to {fitting[-1]}; the "
             f"update does not change, since it takes more micro-steps then")
 

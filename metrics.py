@@ -15,6 +15,8 @@ import torch
 
 import ddp
 from configurator import ROOT, UserError, to_json, write_atomically
+from model import rows_per_chunk
+from optim import STATE_TENSORS
 
 # Dense bfloat16/float16 tensor-core peaks in FLOP/s, with float32 accumulation. Keys are regular
 # expressions for CUDA's name of the card. Most data sheets print the peak with sparsity, which is
@@ -56,6 +58,34 @@ def peak_flops(device, dtype):
     else:
         return peaks[0]
     return None
+
+
+def memory_estimate(cfg, model, dtype, compiled):
+    """
+    Bytes that PyTorch allocates on one rank at the peak of a step, by part: {name: bytes}. With P
+    parameters, E of them in the token embedding, width C, L layers, N = batch_size x block_size
+    tokens in a micro-batch and s bytes in a number of dtype:
+        weights      4 P, and s P for their copies where dtype is not float32
+        gradients    4 P
+        state        4 P for each tensor that the optimizer keeps
+        activations  N L C (14 s + 8): in each layer the float32 inputs of two LayerNorms; the
+                     inputs of four matmuls (7 C), q, k, v (3 C) and the input of GELU (4 C)
+        head         4 E for its weight's gradient, and the float32 logits of a chunk, 3 times
+                     compiled and 6 times eager
+    The peak is at the head of any micro-batch but the first, when all of these exist. An update
+    that is not compiled exceeds it in a model of few layers. So does a Hutchinson pass in any.
+    What CUDA, NCCL and fragmentation take comes on top.
+    """
+    bytes_each = dtype.itemsize
+    parameters, head = model.num_params(), model.lm_head.weight
+    tokens = cfg.batch_size * cfg.block_size
+    rows = rows_per_chunk(torch.empty(0, dtype=dtype, device=head.device), len(head))
+    chunk = 4 * min(rows, tokens) * len(head)
+    return {"weights": parameters * (4 + bytes_each * (dtype != torch.float32)),
+            "gradients": 4 * parameters,
+            "state": 4 * parameters * STATE_TENSORS[cfg.optimizer],
+            "activations": tokens * cfg.n_layer * cfg.n_embd * (14 * bytes_each + 8),
+            "head": 4 * head.numel() + chunk * (3 if compiled else 6)}
 
 
 def git_commit():

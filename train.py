@@ -21,11 +21,11 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import checkpoint
 import ddp
 import pretrained
-from configurator import FIELDS, UserError, load_config, run_script
+from configurator import FIELDS, UserError, less_memory, load_config, run_script
 from dataloader import DataLoader
-from metrics import Metrics, peak_flops
+from metrics import Metrics, memory_estimate, peak_flops
 from model import GPT, GPTConfig
-from optim import STATE_TENSORS, hessian_due, lr_at, make_optimizer, statistics
+from optim import hessian_due, lr_at, make_optimizer, statistics
 from tokenizer import get_tokenizer
 
 MODEL_KNOBS = ("n_layer", "n_head", "n_embd", "bias", "scale_attn_by_inverse_layer_idx")
@@ -194,7 +194,9 @@ def describe(cfg, world, data, model, dtype, compile_reason):
     """Print what is about to run: every number that decides what the optimizer sees."""
     steps = cfg.total_batch_size // (cfg.batch_size * world.size)
     epochs = cfg.max_iters * cfg.total_batch_size / data.windows
-    state_bytes = 4 * model.num_params() * (2 + STATE_TENSORS[cfg.optimizer])
+    memory = memory_estimate(cfg, model, dtype, compile_reason is None)
+    total = sum(memory.values())
+    parts = " + ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items())
     batch = (f"{cfg.total_batch_size} sequences = {cfg.tokens_per_step:,} tokens a step = "
              f"{world.size} rank{'s' * (world.size > 1)} x batch_size {cfg.batch_size} x {steps} "
              f"micro-step{'s' * (steps > 1)}")
@@ -208,9 +210,13 @@ def describe(cfg, world, data, model, dtype, compile_reason):
             f"{data.meta['tokenizer']}; {cfg.max_iters} steps are {epochs:.2f} epochs\n"
             f"batch: {batch}\n"
             f"model: {model.num_params() / 1e6:.2f}M parameters, "
-            f"{model.flops_per_token() / 1e9:.3f} GFLOP a token; weights, gradients and "
-            f"{cfg.optimizer} state take {state_bytes / 1e9:.2f} GB a rank\n"
+            f"{model.flops_per_token() / 1e9:.3f} GFLOP a token\n"
+            f"memory: about {total / 1e9:.2f} GB a rank = {parts}\n"
             f"machine: {world.device.type}, {str(dtype).removeprefix('torch.')}, {compiled}")
+    if world.device.type == "cuda":
+        _, card = torch.cuda.mem_get_info(world.device)
+        advice = f"; too little: {less_memory(cfg, world.size)}" if total > card else ""
+        ddp.say(f"GPU: {torch.cuda.get_device_name(world.device)} with {card / 1e9:.2f} GB{advice}")
 
 
 def train(cfg, world):

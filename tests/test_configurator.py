@@ -62,6 +62,17 @@ def test_gpt2_configs_hold_the_published_numbers(size, optimizer):
         assert (cfg.rho, cfg.hessian_interval, cfg.hessian_batch_size) == (rho, 10, 240)
 
 
+@pytest.mark.parametrize("optimizer, lr, decay, betas", [
+    ("sophiag", 2e-4, 0.15, (0.965, 0.99)), ("adamw", 1.2e-4, 0.1, (0.9, 0.95))])
+def test_gpt2_xl_has_what_the_authors_gave_for_their_run(optimizer, lr, decay, betas):
+    """Official repository, issue 15."""
+    cfg = load_config([str(ROOT / f"config/train_gpt2_xl_{optimizer}.py")])
+    assert (cfg.n_layer, cfg.n_head, cfg.n_embd) == (48, 25, 1600)
+    assert (cfg.learning_rate, cfg.weight_decay, (cfg.beta1, cfg.beta2)) == (lr, decay, betas)
+    assert optimizer == "adamw" or cfg.rho == 0.04
+    assert {name: getattr(cfg, name) for name in SHARED} == SHARED
+
+
 def test_quickstarts_differ_only_in_the_optimizers_own_knobs():
     configs = [dataclasses.asdict(load_config([str(p)])) for p in CONFIGS if "quick" in p.stem]
     assert {config["optimizer"] for config in configs} == {"adamw", "lion", "sophiag"}

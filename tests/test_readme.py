@@ -1,19 +1,26 @@
 """What the README says: its commands run, its code runs, its table is the configs'."""
 import contextlib
 import importlib
+import os
 import re
+import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pyarrow
 import pytest
-from conftest import ROOT, code_blocks, environment, flags, shell
-from conftest import run as ranks_run
+import torch
+from conftest import ROOT, environment, flags
 from pyarrow import parquet
 
 from configurator import load_config
 from dataloader import load_meta
+from metrics import memory_estimate
+from model import GPT, GPTConfig
 
 README = (ROOT / "README.md").read_text()
 COMMANDS, SNIPPETS = code_blocks(ROOT / "README.md")
@@ -104,6 +111,53 @@ def test_two_nodes_meet(copy, tiny_data, tmp_path):
     assert "2 ranks" in outputs[0][0] + outputs[1][0]
 
 
+SRUN = """#!{python}
+import os, signal, subprocess, sys
+tasks = [subprocess.Popen(sys.argv[1:]) for _ in range(int(os.environ["SLURM_NNODES"]))]
+signal.signal(signal.SIGUSR1, lambda number, frame: [task.send_signal(number) for task in tasks])
+sys.exit(max(abs(task.wait()) for task in tasks))
+"""
+SCONTROL = """#!/bin/sh
+case "$1 $2" in "show hostnames") printf 'localhost\\nother\\n';; *) echo "$@" >> requeued;; esac
+"""
+
+
+def test_slurm_job_of_two_nodes_is_requeued_and_resumes(copy, tiny_data, tmp_path):
+    """config/slurm.sbatch as it is; srun starts both agents here. The time limit comes in the first
+    run, and the training ends in the second."""
+    for name, text in ("srun", SRUN.replace("{python}", sys.executable)), ("scontrol", SCONTROL):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    job = os.getpid()   # its port is then free of other tests'
+    folders = tmp_path, Path(sys.executable).parent, os.environ["PATH"]
+    env = environment(PATH=":".join(map(str, folders)), SLURM_JOB_ID=str(job), SLURM_NNODES="2",
+                      SLURM_JOB_NODELIST="node[1-2]", SLURM_GPUS_ON_NODE="1")
+    (copy / "requeued").unlink(missing_ok=True)
+    log = tmp_path / "log"
+
+    def sbatch(max_iters):
+        words = flags(**{**SHORT, "max_iters": max_iters}, dataset=tiny_data, log_interval=1,
+                      warmup_iters=0, out_dir=tmp_path / "run")
+        with open(log, "a") as file:
+            return subprocess.Popen(["bash", "config/slurm.sbatch", *words], cwd=copy, env=env,
+                                    stdout=file, stderr=file)
+
+    first = sbatch(10**6)
+    give_up = time.monotonic() + 120
+    while "step 3/" not in log.read_text():
+        assert first.poll() is None and time.monotonic() < give_up, log.read_text()
+        time.sleep(0.05)
+    first.send_signal(signal.SIGUSR1)
+    assert first.wait(120) != 0
+    assert (copy / "requeued").read_text() == f"requeue {job}\n"
+    stopped = int(re.search(r"stopped by a signal after step (\d+)", log.read_text())[1])
+    second = sbatch(stopped + 2)
+    assert second.wait(120) == 0, log.read_text()
+    assert f"ckpt_{stopped:08}.pt" in re.search("resuming from (.*)", log.read_text())[1]
+    assert f"finished at step {stopped + 2}" in log.read_text()
+    assert (copy / "requeued").read_text() == f"requeue {job}\n"
+
+
 def test_other_commands_run_after_a_quickstart(copy):
     train, sample, compare, export, bench, sweep = map(run, COMMANDS[-6:])
     quick = " --max_iters=2 --warmup_iters=1 --eval_iters=1"
@@ -146,21 +200,22 @@ def test_third_snippet_shards_a_model_over_two_ranks(tmp_path):
 
 
 def test_table_of_settings_is_that_of_the_configs():
-    rows = re.findall(r"^\| (small|medium|large|xl), (.*)$", README, re.M)
-    assert [size for size, _ in rows] == ["small", "medium", "large", "xl"]
-    for size, line in rows:
-        _, shape, adamw, lion, sophiag, rho, decay = (c.strip() for c in line.strip("|").split("|"))
-        configs = {name: load_config([str(ROOT / f"config/train_gpt2_{size}_{name}.py")])
-                   for name in ("adamw", "lion", "sophiag") if name != "lion" or lion}
-        assert bool(lion) == (ROOT / f"config/train_gpt2_{size}_lion.py").exists()
-        for name, lr in ("adamw", adamw), ("lion", lion), ("sophiag", sophiag):
-            if name not in configs:
-                continue
-            cfg = configs[name]
-            assert cfg.learning_rate == float(lr)
-            assert f"{cfg.n_layer} / {cfg.n_head} / {cfg.n_embd}" == shape
-        assert (configs["sophiag"].rho, configs["sophiag"].weight_decay) == (
-            float(rho), float(decay))
+    lines = re.findall(r"^\| (small|medium|large|xl), (.*) \|$", README, re.M)
+    assert [size for size, _ in lines] == ["small", "medium", "large", "xl"]
+    for size, line in lines:
+        _, shape, *rates, rho, decay, memory = line.split(" | ")
+        for name, lr in zip(("adamw", "lion", "sophiag"), rates):
+            path = ROOT / f"config/train_gpt2_{size}_{name}.py"
+            assert path.exists() == (lr != "-")
+            if path.exists():
+                cfg = load_config([str(path)])
+                assert cfg.learning_rate == float(lr)
+                assert f"{cfg.n_layer} / {cfg.n_head} / {cfg.n_embd}" == shape
+        assert (cfg.rho, cfg.weight_decay) == (float(rho), float(decay))
+        with torch.device("meta"):
+            model = GPT(GPTConfig(n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.n_embd))
+        parts = memory_estimate(cfg, model, torch.bfloat16, compiled=True)
+        assert memory == f"{sum(parts.values()) / 1e9:.0f} GB" and cfg.batch_size == 12
 
 
 def test_files_table_names_every_script():

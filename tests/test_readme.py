@@ -3,7 +3,6 @@ import contextlib
 import importlib
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -14,7 +13,8 @@ from pathlib import Path
 import pyarrow
 import pytest
 import torch
-from conftest import ROOT, environment, flags
+from conftest import ROOT, code_blocks, environment, flags, shell
+from conftest import run as ranks_run
 from pyarrow import parquet
 
 from configurator import load_config

@@ -1,8 +1,10 @@
 """examples/: each one runs, resumes exactly, and its Hessian estimates are right."""
+import copy
 import re
 import subprocess
 import sys
 
+import lightning
 import pytest
 import torch
 import transformers as hf
@@ -11,6 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 sys.path.append(str(ROOT / "examples"))
 import hf_trainer  # noqa: E402
+import image_classifier  # noqa: E402
+import lightning_module  # noqa: E402
 
 from sophia import SophiaG  # noqa: E402
 
@@ -127,3 +131,71 @@ def test_hf_trainer_leaves_a_gradient_scaler_as_it_is(tmp_path, scale):
     else:
         assert scaler.get_scale() < scale
         assert all(state["hessian"].isfinite().all() for state in states[1].values())
+
+
+def test_lightning_averages_the_hessian_gradient_over_two_processes(tmp_path):
+    done = subprocess.run([sys.executable, "tests/lightning_estimates.py", tmp_path / "found.pt"],
+                          cwd=ROOT, env=environment(), text=True, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found, exact, labels, bs = torch.load(tmp_path / "found.pt")
+    torch.testing.assert_close(found, exact, rtol=2e-3, atol=1e-12)
+    assert bs == labels.numel() and not torch.equal(labels[0], labels[1])
+
+
+def test_lightning_resumes_exactly(tmp_path):
+    """An epoch of six updates, whose last has one micro-batch instead of two; k is 4, so that the
+    third estimate, after twelve updates, is due only if the count goes on."""
+    torch.manual_seed(0)
+    blocks = torch.randint(0, 256, (11 * lightning_module.BATCH, lightning_module.BLOCK + 1))
+
+    def fit(model, epochs, **resume):
+        trainer = lightning.Trainer(
+            max_epochs=epochs, accelerator="cpu", accumulate_grad_batches=2, logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+        trainer.fit(model, torch.utils.data.DataLoader(blocks, lightning_module.BATCH), **resume)
+        return trainer
+
+    first = lightning_module.LanguageModel(hessian_interval=4)
+    start = copy.deepcopy(first.state_dict())
+    fit(first, 1).save_checkpoint(tmp_path / "one.ckpt")
+    resumed = fit(lightning_module.LanguageModel(hessian_interval=4), 2,
+                  ckpt_path=tmp_path / "one.ckpt")
+    whole = lightning_module.LanguageModel(hessian_interval=4)
+    whole.load_state_dict(start)
+    whole = fit(whole, 2)
+    assert whole.global_step == resumed.global_step == 12
+    for kind in (lambda t: t.lightning_module.state_dict(),
+                 lambda t: t.optimizers[0].state_dict()["state"]):
+        torch.testing.assert_close(kind(whole), kind(resumed), rtol=0, atol=0)
+    assert whole.callback_metrics["win_rate"] == resumed.callback_metrics["win_rate"] > 0
+
+
+def test_lightning_example_runs(tmp_path):
+    done = run("examples/lightning_module.py", "--max_epochs=1", f"--out_dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"\{'loss': \d.*'win_rate': 0\.\d", done.stdout)
+
+
+def test_image_classifier_prints_a_table():
+    done = run("examples/image_classifier.py", "--epochs=1", "--seeds=2")
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()[1:]]
+    assert [row[0] for row in rows] == ["AdamW", "SophiaG"]
+    for row in rows:
+        losses = {float(rate[:-1]): float(loss) for rate, loss in zip(row[1:11:2], row[2:11:2])}
+        assert len(losses) == 5 and losses[float(row[11])] == min(losses.values())
+
+
+def test_image_classifier_estimates_the_gauss_newton_diagonal():
+    """The mean of many estimates against the exact diagonal of the last bias, p (1 - p)."""
+    torch.manual_seed(0)
+    model, images = image_classifier.ViT(), torch.rand(image_classifier.BATCH, 1, 8, 8)
+    optimizer = SophiaG(model.parameters(), lr=0, betas=(0.9, 0.998), bs=len(images))
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(600):
+        image_classifier.update_hessian(model, optimizer, images, generator)
+    p = model(images).softmax(-1)
+    bias = model.head[-1].bias
+    found = optimizer.state[bias]["hessian"] * len(images) / (1 - 0.998 ** 600)
+    torch.testing.assert_close(found, (p * (1 - p)).mean(0).detach(), rtol=0.25, atol=0)
+    assert abs(found.sum() / (p * (1 - p)).mean(0).sum() - 1) < 0.06

@@ -1,11 +1,12 @@
 # make quickstart: train the same small GPT with SophiaG and with AdamW, compare, sample.
 # make test:       the tests, and which lines they reach.
+# make check-gpu:  whether this machine's GPU runs all of this, and how fast.
 PYTHON ?= python3
 PY = .venv/bin/python
-# Further settings for the quickstart's runs, e.g. make quickstart ARGS=--max_iters=100
+# Further settings for the runs, e.g. make quickstart ARGS=--max_iters=100
 ARGS ?=
 
-.PHONY: quickstart test
+.PHONY: quickstart test check-gpu
 .DELETE_ON_ERROR:
 
 quickstart: .venv/installed data/pystdlib/meta.json
@@ -19,6 +20,9 @@ quickstart: .venv/installed data/pystdlib/meta.json
 test: .venv/installed-tests
 	$(PY) -m ruff check .
 	$(PY) -m pytest -q -n 2 --dist loadscope --durations=10 --cov --cov-report=term
+
+check-gpu: .venv/installed-tests
+	@$(PY) check_gpu.py $(ARGS)
 
 data/pystdlib/meta.json: | .venv/installed
 	$(PY) data/pystdlib/prepare.py

@@ -1,0 +1,60 @@
+"""check_gpu.py, tried on a CPU with a tiny model; nothing is said about a GPU here."""
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, flags, run
+
+TINY = flags(n_layer=1, n_head=2, n_embd=32, block_size=16, batch_size=2, total_batch_size=4,
+             hessian_batch_size=2, compile=False, dtype="float32", learning_rate=1e-3,
+             max_iters=20, lr_decay_iters=20, warmup_iters=2)
+
+
+def check(report, *words):
+    done = run("check_gpu.py", "--device=cpu", f"--report={report}", *TINY, *words)
+    text, data = re.fullmatch(r"```\n(.*)\n```\n\n```json\n(.*)\n```\n", report.read_text(),
+                              re.S).groups()
+    assert text in done.stdout
+    return done, json.loads(data)
+
+
+def test_a_good_machine_gets_a_report(tmp_path):
+    done, report = check(tmp_path / "report.md", "--tests=cached_generation")
+    assert done.returncode == 0 and "all is well" in done.stdout, done.stdout + done.stderr
+    assert report["problems"] == [] and report["tests"].startswith("1 passed")
+    runs = report["training"]
+    assert runs.keys() == {"sophiag", "adamw", "lion"}
+    assert all(r["last_val_loss"] < r["first_val_loss"] and r["skipped"] == 0
+               and r["tokens_per_sec"] * r["ms_per_step"] == pytest.approx(4 * 16 * 1e3)
+               for r in runs.values())
+    assert report["sophiag_overhead"] == pytest.approx(
+        runs["sophiag"]["ms_per_step"] / runs["adamw"]["ms_per_step"] - 1)
+    assert {r["section"] for r in report["bench"]} == {"optimizer", "step", "memory"}
+
+
+def test_each_reason_of_a_failure_is_named(tmp_path):
+    """No test is selected, and the loss is made to rise."""
+    done, report = check(tmp_path / "report.md", "--tests=no_such_test", "--learning_rate=3",
+                         "--grad_clip=0", "--min_lr=3")
+    assert done.returncode == 1 and "failed: " in done.stdout
+    last = done.stderr.splitlines()[-1]
+    assert last == "check_gpu.py: error: " + "; ".join(report["problems"])
+    assert "tests/test_cuda.py: " in last and "22 deselected" in last
+    assert "adamw: " in last
+
+
+def test_mistakes_are_found_before_the_tests():
+    done = run("check_gpu.py", "--device=cpu", "--n_layers=1")
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so_in_one_line():
+    done = subprocess.run(["make", "-o", ".venv/installed-tests", f"PY={sys.executable}",
+                           "check-gpu"], cwd=ROOT, capture_output=True, text=True)
+    lines = done.stderr.splitlines()
+    assert done.returncode == 2 and done.stdout == ""
+    assert "no CUDA GPU" in lines[0] and "Error 2" in lines[1] and len(lines) == 2   # make's own

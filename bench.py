@@ -266,8 +266,10 @@ def allocated_peak(function, device):
         trace = os.path.join(folder, "trace.json")
         profiler.export_chrome_trace(trace)
         with open(trace, encoding="utf-8") as file:
-            events = json.load(file)["traceEvents"]
-    return max(e["args"]["Total Allocated"] for e in events if e["name"] == "[memory]")
+            events = [e for e in json.load(file)["traceEvents"] if e["name"] == "[memory]"]
+    first = min(events, key=lambda e: e["ts"])["args"]
+    before = first["Total Allocated"] - first["Bytes"]   # of what was profiled earlier
+    return max(e["args"]["Total Allocated"] for e in events) - before
 
 
 def peak_memory(name, cfg, device, vocab_size, compile_model):

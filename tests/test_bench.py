@@ -1,11 +1,15 @@
 """bench.py runs every section, and its numbers are of the right kind; how large they are is not a
 test's business."""
+import gc
 import json
 
+import pytest
 import torch
 from conftest import TINY, flags, run
 
-from bench import plain_loss
+from bench import STEP, peak_memory, plain_loss, random_model
+from configurator import load_config
+from metrics import memory_estimate
 from model import GPT, GPTConfig
 
 
@@ -20,6 +24,7 @@ def test_every_section_reports_positive_numbers(tiny_data, tmp_path):
     for (_, name), row in rows.items():
         assert row["value"] > 0 and name in done.stdout, name
     assert "equal tokens" in rows["generate", "16 tokens, uncached"]["note"]
+    assert "of the measurement" in rows["memory", "training step, estimate"]["note"]
     assert "sophiag takes" in rows["step", "whole step, adamw"]["note"]
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
 
@@ -40,6 +45,21 @@ def test_plain_loss_is_the_models():
     torch.testing.assert_close(plain, ours)
     for a, b in zip(*(torch.autograd.grad(loss, model.parameters()) for loss in (plain, ours))):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("optimizer, dtype, batch_size, block_size", [
+    ("sophiag", "float32", 8, 256), ("lion", "bfloat16", 8, 256),   # mostly activations
+    ("adamw", "float32", 1, 32), ("lion", "float32", 1, 32)])       # mostly weights and the like
+def test_memory_estimate_is_near_what_the_allocator_counts(optimizer, dtype, batch_size,
+                                                           block_size):
+    cfg = load_config(flags(n_layer=6, n_head=4, n_embd=128, block_size=block_size, dtype=dtype,
+                            batch_size=batch_size, total_batch_size=16, optimizer=optimizer))
+    device = torch.device("cpu")
+    gc.collect()   # else what earlier tests left may be freed meanwhile
+    measured = peak_memory(STEP, cfg, device, vocab_size=256, compile_model=False)
+    model = random_model(cfg, device, vocab_size=256)
+    parts = memory_estimate(cfg, model, getattr(torch, dtype), compiled=False)
+    assert sum(parts.values()) == pytest.approx(measured, rel=0.15)
 
 
 def test_one_rank_against_two(tiny_data):

@@ -1,6 +1,8 @@
 """The trainer as a user runs it: ranks, resume, precisions, the Hessian estimate over ranks."""
 import json
+import re
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +16,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import checkpoint
 import lion
 import sophia
+from configurator import load_config
+from ddp import World
+from model import GPT, GPTConfig
+from train import describe
 
 OPTIMIZERS = ("sophiag", "adamw", "lion")
 OTHERS = ("hutchinson", "empirical_fisher")   # estimators, beside gnb
@@ -46,6 +52,28 @@ def assert_same_run(a, b):
     first, second = (tensors(checkpoint.load(checkpoint.newest_good(str(run))[0]))
                      for run in (a, b))
     assert len(first) > 30 and first == second
+
+
+# ---------------------------------------------------------------- start-up lines
+
+@pytest.mark.parametrize("gigabytes, fits", [(12, True), (8, False)])
+def test_the_estimate_of_memory_is_compared_with_the_card(monkeypatch, capsys, gigabytes, fits):
+    """GPT-2 small: 4 bytes a number for the weights, gradients and two tensors of state."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, gigabytes * 10**9))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Test")
+    data = SimpleNamespace(tokens=SimpleNamespace(count=10**6), meta={"tokenizer": "gpt2"},
+                           windows=976)
+    with torch.device("meta"):
+        model = GPT(GPTConfig())
+    describe(load_config([], 8), World(0, 8, torch.device("cuda")), data, model, torch.bfloat16,
+             compile_reason=None)
+    lines = capsys.readouterr().out.splitlines()
+    line = next(line for line in lines if line.startswith("memory: "))
+    total, weights, gradients, state, activations, head = map(float, re.findall(r"\d+\.\d+", line))
+    assert total == pytest.approx(weights + gradients + state + activations + head, abs=0.03)
+    assert (gradients, state) == (0.5, 0.99) and fits == (total < gigabytes)
+    assert lines[-1].startswith(f"GPU: NVIDIA Test with {gigabytes}.00 GB")
+    assert ("lower --batch_size, which is 12, for example to 10" in lines[-1]) == (not fits)
 
 
 # ---------------------------------------------------------------- ranks

@@ -1,16 +1,16 @@
 """Finetune a GPT-2 with SophiaG in Hugging Face's Trainer. Every TrainingArguments field is a flag.
-
     python examples/hf_trainer.py                  # a tiny new GPT-2 on README.md, no network
     python examples/hf_trainer.py --model=gpt2 --text=FILE --learning_rate=2e-5
     accelerate launch --multi_gpu --num_processes=2 examples/hf_trainer.py   # CPU: add --use_cpu"""
+import gc
 import sys
 from pathlib import Path
 
+import accelerate
 import torch
 import transformers as hf
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT))   # for sophia.py; not needed where you copy it beside your script
+sys.path.append(str(Path(__file__).resolve().parent.parent))   # for sophia.py
 from sophia import SophiaG  # noqa: E402
 
 
@@ -67,7 +67,7 @@ class SophiaTrainer(hf.Trainer, hf.TrainerCallback):
 def main():
     parser = hf.HfArgumentParser(hf.TrainingArguments)
     parser.add_argument("--model", help="a name at the hub or a folder")
-    parser.add_argument("--text", help="a file", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--text", help="a file", type=Path, default="README.md")
     parser.add_argument("--hessian_interval", help="k", type=int, default=10)
     parser.set_defaults(output_dir="out/hf", max_steps=100, learning_rate=3e-4, logging_steps=10)
     args, example = parser.parse_args_into_dataclasses()
@@ -76,9 +76,8 @@ def main():
         model = hf.AutoModelForCausalLM.from_pretrained(example.model)
         encode = hf.AutoTokenizer.from_pretrained(example.model).encode
     else:   # over bytes
-        model = hf.GPT2LMHeadModel(hf.GPT2Config(
-            vocab_size=256, n_positions=128, n_embd=128, n_layer=2, n_head=4,
-            bos_token_id=None, eos_token_id=None))
+        model = hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=256, n_positions=128, n_embd=128,
+                                   n_layer=2, n_head=4, bos_token_id=None, eos_token_id=None))
         encode = str.encode
     tokens = torch.tensor(list(encode(example.text.read_text())))
     size = model.config.n_positions   # tokens in a sequence; the first is not predicted
@@ -97,3 +96,5 @@ def main():
 
 if __name__ == "__main__":
     main()
+    gc.collect()   # DDP's wrapper: on CPUs, an exit while it holds the process group may abort
+    accelerate.PartialState().destroy_process_group()

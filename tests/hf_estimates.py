@@ -2,9 +2,11 @@
 A script for one process or several: many Hessian estimates by examples/hf_trainer.py at fixed
 weights. Rank 0 saves bs h, without the bias of its zero start, and the exact Gauss-Newton diagonal.
 """
+import gc
 import sys
 from pathlib import Path
 
+import accelerate
 import torch
 import transformers as hf
 
@@ -57,3 +59,5 @@ def main(out_dir):
 
 if __name__ == "__main__":
     main(sys.argv[1])
+    gc.collect()
+    accelerate.PartialState().destroy_process_group()

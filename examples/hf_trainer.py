@@ -27,14 +27,13 @@ class SophiaTrainer(hf.Trainer, hf.TrainerCallback):
         return found
 
     def drawn_label_loss(self, outputs, labels, num_items_in_batch):
-        """This micro-batch's part of the mean loss over an update's n predictions on all processes.
-        sqrt(n / bs) keeps bs g*g unbiased where padding or an epoch's end makes n less than bs."""
+        """This micro-batch's part of the mean loss over the n predictions of an update, before DDP
+        averages it. sqrt(n / bs) keeps bs g*g unbiased where padding or an epoch's end lowers n."""
         logits = outputs.logits[:, :-1].flatten(0, 1).float()
         drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=self.generator)[:, 0]
         drawn[labels[:, 1:].flatten() == -100] = -100   # padding stays padding
         loss = torch.nn.functional.cross_entropy(logits, drawn, reduction="sum")
-        bs = self.optimizer.param_groups[0]["bs"]
-        return loss * self.args.world_size / (self.n * bs) ** 0.5   # DDP divides by world_size
+        return loss * self.args.world_size / (self.n * self.optimizer.param_groups[0]["bs"]) ** 0.5
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.hessian_interval:

@@ -201,10 +201,10 @@ def describe(cfg, world, data, model, dtype, compile_reason):
              f"{world.size} rank{'s' * (world.size > 1)} x batch_size {cfg.batch_size} x {steps} "
              f"micro-step{'s' * (steps > 1)}")
     if hessian_due(cfg.hessian_interval, cfg):
-        memory = cfg.hessian_interval / (1 - cfg.beta2)
+        remembered = cfg.hessian_interval / (1 - cfg.beta2)
         batch += (f"; Hessian: {cfg.hessian_batch_size} sequences every {cfg.hessian_interval} "
-                  f"steps, averaged over {memory:,.0f} steps ({memory / cfg.max_iters:.0%} of the "
-                  f"run)")
+                  f"steps, averaged over {remembered:,.0f} steps "
+                  f"({remembered / cfg.max_iters:.0%} of the run)")
     compiled = "compiled" if compile_reason is None else f"eager ({compile_reason})"
     ddp.say(f"data: {cfg.data_dir}, {data.tokens.count:,} training tokens in "
             f"{data.meta['tokenizer']}; {cfg.max_iters} steps are {epochs:.2f} epochs\n"

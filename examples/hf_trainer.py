@@ -16,7 +16,6 @@ from sophia import SophiaG  # noqa: E402
 
 class SophiaTrainer(hf.Trainer, hf.TrainerCallback):
     """After every k-th update, estimates the Hessian on that update's inputs, by training_step."""
-
     def __init__(self, *args, hessian_interval=10, **kwargs):
         super().__init__(*args, **kwargs)
         self.hessian_interval = hessian_interval
@@ -70,6 +69,7 @@ def main():
     parser.add_argument("--hessian_interval", help="k", type=int, default=10)
     parser.set_defaults(output_dir="out/hf", max_steps=100, learning_rate=3e-4, logging_steps=10)
     args, example = parser.parse_args_into_dataclasses()
+    example.text.is_file() or sys.exit(f"{example.text} is not a file; name one with --text")
     hf.set_seed(args.seed)
     if example.model:
         model = hf.AutoModelForCausalLM.from_pretrained(example.model)

@@ -18,6 +18,7 @@ import sys
 import time
 
 import torch
+from collect import append
 
 RESULTS = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(RESULTS)
@@ -45,8 +46,6 @@ SPACE = {
 RANDOM_TRIALS, TRIALS = 12, 20
 TUNING_SEED, FINAL_SEEDS = 1, (2, 3, 4)
 HESSIAN_INTERVAL = 10
-PUBLISHED = {"adamw": {"momentum": 10, "second": 20}, "lion": {"momentum": 20, "second": 50},
-             "sophiag": {"momentum": 1 / 0.035, "second": 1000, "rho": 0.05}}
 
 # Words of train.py that make another setting of base.py, and its steps.
 SETTINGS = {
@@ -60,10 +59,9 @@ def round2(value):
     return float(f"{value:.2g}")
 
 
-def words(setting, arm, point, seed, steps=None, more=()):
+def words(setting, arm, point, seed):
     """Of train.py, for an arm at a point, a dict like SPACE's, with warmup as a share of steps."""
-    flags, usual = SETTINGS[setting]
-    steps = steps or usual
+    flags, steps = SETTINGS[setting]
     interval = 1 if arm in ("adamw", "lion") else HESSIAN_INTERVAL
     point = dict(point)
     settings = {"learning_rate": point.pop("learning_rate"),
@@ -74,7 +72,7 @@ def words(setting, arm, point, seed, steps=None, more=()):
     settings |= point
     return ["results/base.py", *flags, f"--max_iters={steps}",
             f"--eval_interval={steps // 4}", *ARMS[arm],
-            *(f"--{name}={value:g}" for name, value in settings.items()), *more, f"--seed={seed}"]
+            *(f"--{name}={value:g}" for name, value in settings.items()), f"--seed={seed}"]
 
 
 def clean(point):
@@ -138,17 +136,18 @@ class Study:
                         best_loss, best = loss, point
                         break
 
-    def learning_rates(self, name, arm, point, make):
+    def learning_rates(self, setting, arm, point):
         """
-        point with the best of five learning rates, a factor of 2 apart about its own, and of more
-        while the best is at an edge; None while one is missing. make(point): the run's words.
+        point with the best of five learning rates, a factor of 2 apart about its own, and of up to
+        eight while the best is at an edge; None while one is missing.
         """
         exponents = [-2, -1, 0, 1, 2]
         while True:
             losses = {}
             for e in exponents:
                 lr = round2(point["learning_rate"] * 2.0**e)
-                loss = self.add(f"{name}/lr/{arm}/{lr:g}", make({**point, "learning_rate": lr}))
+                loss = self.add(f"{setting}/lr/{arm}/{lr:g}", words(
+                    setting, arm, {**point, "learning_rate": lr}, TUNING_SEED))
                 losses[e] = lr, loss
             if any(loss is None for _, loss in losses.values()):
                 return None
@@ -157,17 +156,22 @@ class Study:
                 return {**point, "learning_rate": losses[best][0]}
             exponents.append(best + (1 if best > 0 else -1))
 
-    def finals(self, setting, arm, point, piece="final", seeds=FINAL_SEEDS, **more):
-        for seed in seeds:
-            self.add(f"{setting}/{piece}/{arm}/{seed}", words(setting, arm, point, seed, **more))
+    def finals(self, setting, arm, point):
+        for seed in FINAL_SEEDS:
+            self.add(f"{setting}/final/{arm}/{seed}", words(setting, arm, point, seed))
 
 
 def make_plan(rows):
     study = Study(rows)
     tuned = {arm: study.tuning(arm) for arm in ARMS}
-    for arm, point in tuned.items():
-        if point:
-            study.finals("8k", arm, point)
+    if None in tuned.values():   # no final before every arm is tuned
+        return study
+    for setting in SETTINGS:
+        for arm, point in tuned.items():
+            if setting != "8k":
+                point = study.learning_rates(setting, arm, point)
+            if point:
+                study.finals(setting, arm, point)
     return study
 
 
@@ -176,15 +180,6 @@ def read(path):
         return []
     with open(path, encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
-
-
-def append(path, rows):
-    new = not os.path.exists(path)
-    with open(path, "a", encoding="utf-8", newline="") as file:
-        table = csv.DictWriter(file, rows[0], lineterminator="\n")
-        if new:
-            table.writeheader()
-        table.writerows(rows)
 
 
 def machine():
@@ -198,13 +193,10 @@ def machine():
 def start(name, words):
     folder = os.path.join(ROOT, "out", "study", name)
     os.makedirs(folder, exist_ok=True)
-    script = [os.path.join(ROOT, "train.py")]
-    if name.split("/")[1] == "shared":
-        script = [os.path.join(RESULTS, "shared_noise.py")]
     with open(os.path.join(folder, "output.txt"), "ab") as output:
         return subprocess.Popen(
-            [sys.executable, *script, *words, f"--out_dir={folder}", "--init_from=auto"], cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=output, stderr=output)
+            [sys.executable, "train.py", *words, f"--out_dir={folder}", "--init_from=auto"],
+            cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=output, stderr=output)
 
 
 def diverged(name):

@@ -245,7 +245,7 @@ def train(cfg, world):
     model = raw_model
     if world.size > 1:
         model = DDP(raw_model, device_ids=[device] if device.type == "cuda" else None,
-                    gradient_as_bucket_view=True, broadcast_buffers=False)
+                    gradient_as_bucket_view=True, forward_sync_buffers=False)
 
     def save():
         state = metrics.state_dict()

@@ -53,8 +53,9 @@ def test_mistakes_are_found_before_the_tests():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so_in_one_line():
-    done = subprocess.run(["make", "-o", ".venv/installed-tests", f"PY={sys.executable}",
-                           "check-gpu"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(["make", "--no-print-directory", "-o", ".venv/installed-tests",
+                           f"PY={sys.executable}", "check-gpu"], cwd=ROOT, text=True,
+                          capture_output=True)
     lines = done.stderr.splitlines()
     assert done.returncode == 2 and done.stdout == ""
     assert "no CUDA GPU" in lines[0] and "Error 2" in lines[1] and len(lines) == 2   # make's own

@@ -3,7 +3,7 @@ How fast the parts of a run are on this machine: medians of interleaved repetiti
 
     python bench.py config/train_gpt2_small_sophiag.py --batch_size=1 [--key=value ...]
     python bench.py --only=optimizer,generate --repeat=5 --json=bench.json
-    python bench.py config/quickstart_sophiag.py --only=ranks
+    python bench.py config/quickstart_sophiag.py --batch_size=4 --only=ranks
 
 Sections: optimizer, step, head, memory, data, generate; and, when asked for, ranks (train.py with
 one rank against two, a thread or GPU each). Settings and files are train.py's; without the data
@@ -340,8 +340,8 @@ def bench_ranks(words, repeat):
             done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"},
                                   capture_output=True, text=True)
             if done.returncode:
-                raise UserError(f"train.py with {ranks} ranks failed: "
-                                f"{(done.stderr.strip() or '?').splitlines()[-1]}")
+                reason = done.stderr.rpartition("error: ")[2].partition("\n")[0]
+                raise UserError(f"train.py with {ranks} ranks failed: {reason}")
             log = read_metrics(os.path.join(folder, "metrics.jsonl"))
             last = [r for r in log if "tokens_per_sec" in r][-1]
         rates[ranks].append(last["tokens_per_sec"])

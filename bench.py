@@ -28,11 +28,13 @@ from torch.optim.optimizer import (
 
 import ddp
 import train
-from configurator import ROOT, ArgumentParser, UserError, load_config, run_script
+from configurator import load_config
 from dataloader import DataLoader
-from metrics import memory_estimate, peak_flops, read_metrics
+from device import memory_estimate, peak_flops, pick_device, resolve_compile, resolve_dtype
+from metrics import read_metrics
 from model import GPT, GPTConfig
 from optim import hessian_due, make_optimizer, parameter_groups
+from script import ROOT, ArgumentParser, UserError, run_script
 from train import (
     MODEL_KNOBS,
     accumulate_gradients,
@@ -143,7 +145,7 @@ def bench_optimizer(cfg, device, repeat, vocab_size, fused):
 
 def passes(cfg, device, vocab_size, compile_model, micro_batches=1):
     """The model and {name: function}, the passes over micro-batches of random tokens."""
-    dtype = ddp.pick_dtype(cfg.dtype, device)
+    dtype = resolve_dtype(cfg.dtype, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=False)
     model = random_model(cfg, device, vocab_size)
@@ -178,7 +180,7 @@ def bench_step(cfg, device, repeat, vocab_size, data, compile_model, trace):
     scaler = torch.amp.GradScaler(device.type, enabled=False)
     optimizer = make_optimizer(cfg, model, fused=compile_model)
     adamw = torch.optim.AdamW(parameter_groups(model, 0.1), fused=True)
-    dtype = ddp.pick_dtype(cfg.dtype, device)
+    dtype = resolve_dtype(cfg.dtype, device)
     square = torch.randn(2048, 2048, device=device, dtype=dtype)
     functions |= {"clip": lambda: clip_gradients(model, optimizer, scaler, cfg.grad_clip),
                   "adamw": adamw.step, cfg.optimizer: optimizer.step,
@@ -229,7 +231,7 @@ def bench_head(cfg, device, repeat, vocab_size, compile_model):
     model = random_model(cfg, device, vocab_size)
     if compile_model:
         model.compile_for_training()
-    dtype = ddp.pick_dtype(cfg.dtype, device)
+    dtype = resolve_dtype(cfg.dtype, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     weight, tokens = model.lm_head.weight, cfg.batch_size * cfg.block_size
     h = torch.randn(tokens, cfg.n_embd, device=device, requires_grad=True)
@@ -305,7 +307,7 @@ def bench_memory(cfg, device, vocab_size, compile_model):
         yield name, peak / 1e9, "GB", f"{peak / peaks[0]:.2f} x plain"
     yield f"{STEP}, {cfg.optimizer}", peaks[-1] / 1e9, "GB", ""
     parts = memory_estimate(cfg, random_model(cfg, device, vocab_size),
-                            ddp.pick_dtype(cfg.dtype, device), compile_model)
+                            resolve_dtype(cfg.dtype, device), compile_model)
     estimate = sum(parts.values())
     yield (f"{STEP}, estimate", estimate / 1e9, "GB",
            f"{estimate / peaks[-1] - 1:+.1%} of the measurement")
@@ -325,7 +327,7 @@ def train_and_time_the_optimizer(words):
     register_optimizer_step_pre_hook(clock(-1))
     register_optimizer_step_post_hook(clock(1))
     train.main(words)
-    ddp.say(json.dumps({"optimizer": statistics.median(map(sum, zip(times[::2], times[1::2])))}))
+    ddp.print0(json.dumps({"optimizer": statistics.median(map(sum, zip(times[::2], times[1::2])))}))
 
 
 def bench_ranks(words, repeat):
@@ -403,10 +405,10 @@ def main(argv):
     if repeat < 1:
         raise UserError(f"repeat must be a positive number, got {repeat}")
     cfg = load_config(rest)
-    world = ddp.join(cfg.device)
-    device, fused = world.device, ddp.pick_compile(cfg.compile, world.device) is None
+    device = pick_device(cfg.device)
+    fused, _ = resolve_compile(cfg.compile, device)
     try:
-        data = DataLoader(cfg, world)
+        data = DataLoader(cfg, ddp.World(0, 1, device))
     except UserError as error:
         print(f"random tokens: {error}")
         data = None

@@ -20,8 +20,10 @@ import torch
 
 import ddp
 import train
-from configurator import ROOT, ArgumentParser, UserError, load_config, run_script, write_atomically
+from configurator import load_config
+from device import pick_device
 from metrics import git_commit, read_metrics
+from script import ROOT, ArgumentParser, UserError, run_script, write_atomically
 
 LIMIT = 300   # seconds, for the tests and again for the benchmark
 SETTINGS = ["--total_batch_size=120", "--hessian_batch_size=60", "--max_iters=50",
@@ -78,7 +80,7 @@ def main(argv):
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError(f"PyTorch {torch.__version__} finds no CUDA GPU on this machine")
     steps = settings("sophiag", words).max_iters   # mistakes are found before the tests
-    device = ddp.join(args.device).device
+    device = pick_device(args.device)
     gpu = torch.cuda.get_device_name(device) if args.device == "cuda" else None
     report = {"gpu": gpu, "gpus": torch.cuda.device_count(), "torch": torch.__version__,
               "cuda": torch.version.cuda, "commit": git_commit()}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from configurator import UserError, claim, write_atomically
+from script import UserError, lock_file, write_atomically
 
 FORMAT_VERSION = 1
 KEEP = 2   # newest ones; the best is kept besides
@@ -47,7 +47,7 @@ def lock(run_dir):
         os.makedirs(run_dir, exist_ok=True)
         # Never closed. A file in it, since NFS locks only what is open for writing.
         descriptor = os.open(os.path.join(run_dir, "lock"), os.O_RDWR | os.O_CREAT, 0o666)
-        claim(descriptor, f"another process is training in {run_dir}; stop it first, or choose "
+        lock_file(descriptor, f"another process is training in {run_dir}; stop it first, or choose "
                           f"another --out_dir")
 
 
@@ -111,7 +111,7 @@ def load(path):
     return payload
 
 
-def newest_good(run_dir):
+def find_latest(run_dir):
     """
     (path, problems): the newest checkpoint that can be loaded, and a line for each newer one that
     cannot. (None, []) if there are no checkpoints; UserError if there are only bad ones.
@@ -126,3 +126,16 @@ def newest_good(run_dir):
     if problems:
         raise UserError(f"no checkpoint in {run_dir} can be loaded: {problems[0]}")
     return None, []
+
+
+def find_best(run):
+    """Path of a run's best checkpoint; run itself if it is a file. Raises UserError."""
+    if not os.path.isdir(run):
+        return run
+    latest, problems = find_latest(run)
+    for problem in problems:
+        print(problem)
+    if latest is None:
+        raise UserError(f"no checkpoint in {run}")
+    best = path_of(run, load(latest)["best_step"])
+    return best if os.path.exists(best) else latest

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from configurator import FIELDS, ArgumentParser, UserError, run_script
+from configurator import FIELDS
 from metrics import read_metrics
+from script import ArgumentParser, UserError, run_script
 
 # Settings that must be equal for a speed-up to be the optimizer's; with another of the first four
 # even the validation losses are not of the same windows.

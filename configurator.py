@@ -1,13 +1,11 @@
 """
-Settings: the one list of knobs, and how config files and --key=value fill it. Also what every
-script shares: how it is started, how a mistake is reported, how a file is written.
+Settings: the one list of knobs, and how config files and --key=value fill it.
 
     python train.py config/a.py --learning_rate=3e-4 config/b.py     # in order, later wins
 
 A config file is plain Python assignments, run in a namespace of its own: it is your own code, run
 as such. --key=value never evaluates anything.
 """
-import argparse
 import dataclasses
 import difflib
 import json
@@ -15,12 +13,11 @@ import math
 import os
 import sys
 import textwrap
-import time
 import types
 import typing
 from dataclasses import dataclass, field
 
-ROOT = os.path.dirname(os.path.abspath(__file__))
+from script import ROOT, UserError
 
 # Published settings that depend on the optimizer but not on the size of the model. A None in
 # TrainConfig stands for these. AdamW and SophiaG: arXiv 2305.14342; Lion: arXiv 2302.06675, with a
@@ -30,86 +27,6 @@ OPTIMIZER_DEFAULTS = {
     "adamw": dict(beta1=0.9, beta2=0.95, weight_decay=0.1),
     "lion": dict(beta1=0.95, beta2=0.98, weight_decay=0.6),
 }
-
-
-class UserError(Exception):
-    """A mistake that the user can mend. Shown as one line, exit code 2."""
-
-
-class RankError(UserError):
-    """One that other ranks may not know of: shown by each rank that raises it, not by rank 0
-    alone."""
-
-
-def run_script(main):
-    """
-    Run a script's main(argv): a UserError becomes one line on stderr and exit code 2; Ctrl-C, 130.
-    Under torchrun each rank also leaves its error in a file, for torchrun's summary.
-    """
-    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if error_file:
-        from torch.distributed.elastic.multiprocessing.errors import record
-        main = record(main)
-    try:
-        main(sys.argv[1:])
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except UserError as error:
-        rank = int(os.environ.get("RANK", 0))
-        if rank == 0 or isinstance(error, RankError):
-            script = os.path.basename(sys.argv[0]) + f": rank {rank}" * (rank > 0)
-            print(f"{script}: error: {error}", file=sys.stderr, flush=True)
-        if error_file:   # over the traceback that record() wrote there, in its format
-            extra = {"timestamp": str(int(time.time()))}
-            with open(error_file, "w", encoding="utf-8") as file:
-                json.dump({"message": {"message": f"error: {error}", "extraInfo": extra}}, file)
-        sys.exit(2)
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """For scripts with a few options of their own: argparse, with our kind of error."""
-
-    def __init__(self, doc):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def error(self, message):
-        raise UserError(f"{message}; see --help")
-
-
-def write_atomically(path, write):
-    """
-    Call write(file) on a temporary file beside path, flush it to the disk, and only then give it
-    path's name. Makes path's folder. On failure path is as before, and UserError says why.
-    """
-    temporary = f"{path}.tmp"
-    try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        directory = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-        os.fsync(directory)
-        os.close(directory)
-    except (OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError):   # torch.save's, which does not name a full disk
-            error = error.__context__ or error
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        raise UserError(f"cannot write {path}: {error}; what was there before is intact") from None
-
-
-def claim(descriptor, refusal):
-    """Lock an open file until it is closed or this process ends, in whatever way. Raises UserError
-    with the text `refusal` if another process has it."""
-    try:
-        import fcntl  # not on Windows
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(refusal) from None
-    except (ImportError, OSError):   # no locks here (Lustre)
-        pass
 
 
 def knob(default, meaning):
@@ -176,7 +93,7 @@ class TrainConfig:
         return self.total_batch_size * self.block_size
 
     @property
-    def tokens_per_hessian(self):
+    def hessian_tokens(self):
         """B of the paper, where gradients are squared: labels behind one Hessian estimate."""
         return self.hessian_batch_size * self.block_size
 
@@ -355,17 +272,6 @@ def resolve(cfg, world_size=1):
     if cfg.min_lr > cfg.learning_rate:
         raise UserError(f"min_lr={cfg.min_lr} is above learning_rate={cfg.learning_rate}")
     return cfg
-
-
-def less_memory(cfg, world_size):
-    """What to do where a run does not fit into memory."""
-    fitting = [size for size in range(1, cfg.batch_size)
-               if cfg.total_batch_size % (size * world_size) == 0]
-    if not fitting:
-        return (f"--batch_size is {cfg.batch_size} and cannot be lowered; choose a smaller model "
-                f"or --block_size, or a device with more memory")
-    return (f"lower --batch_size, which is {cfg.batch_size}, for example to {fitting[-1]}; the "
-            f"update does not change, since it takes more micro-steps then")
 
 
 def to_json(cfg):

@@ -6,7 +6,8 @@ to watch during training. Runs are grouped by optimizer, and each has its own co
 
 Needs an account (wandb login) and the package wandb-workspaces. Every call saves a new workspace.
 """
-from configurator import ArgumentParser, TrainConfig, UserError, run_script
+from configurator import TrainConfig
+from script import ArgumentParser, UserError, run_script
 
 # Section: {metric: what the panel's title says of it}. Names of metrics.py.
 PANELS = {

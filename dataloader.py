@@ -13,7 +13,7 @@ import os
 import numpy as np
 import torch
 
-from configurator import ROOT, RankError, UserError
+from script import ROOT, RankError, UserError
 
 STREAMS = ("train", "hessian")   # independent orders over train.bin
 GPT2_META = {"vocab_size": 50257, "tokenizer": "gpt2", "dtype": "uint16", "eot_id": 50256}

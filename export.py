@@ -10,10 +10,9 @@ import torch
 from safetensors.torch import save
 
 import checkpoint
-from configurator import ArgumentParser, UserError, run_script, write_atomically
+from init_from import is_conv1d
 from model import GPT, GPTConfig
-from pretrained import is_linear
-from sample import best_checkpoint
+from script import ArgumentParser, UserError, run_script, write_atomically
 from tokenizer import get_tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
@@ -36,8 +35,8 @@ def hf_weights(model, dtype):
         if ".c_attn." in name and c.scale_attn_by_inverse_layer_idx:
             query, key_value = tensor.split([c.n_embd, 2 * c.n_embd])
             tensor = torch.cat([query / (int(name.split(".")[2]) + 1), key_value])
-        weights[name] = (tensor.t() if is_linear(name) else tensor).to(dtype).contiguous()
-        if is_linear(name) or ".ln_" in name and name.endswith(".weight"):
+        weights[name] = (tensor.t() if is_conv1d(name) else tensor).to(dtype).contiguous()
+        if is_conv1d(name) or ".ln_" in name and name.endswith(".weight"):
             weights.setdefault(name.replace(".weight", ".bias"), torch.zeros(len(tensor),
                                                                              dtype=dtype))
     return weights
@@ -102,7 +101,7 @@ def main(argv):
     args = parser.parse_args(argv)
     if os.path.exists(args.out):
         raise UserError(f"{args.out} exists; choose another --out")
-    path = best_checkpoint(args.run)
+    path = checkpoint.find_best(args.run)
     saved = checkpoint.load(path)
     tokenizer = get_tokenizer(saved["tokenizer"])
     model = GPT(GPTConfig(**saved["model_args"]))

@@ -5,7 +5,6 @@ two log lines: clipped steps, time, the first step that was not finite.
 import json
 import math
 import os
-import re
 import subprocess
 import time
 from dataclasses import asdict
@@ -14,78 +13,14 @@ from datetime import timedelta
 import torch
 
 import ddp
-from configurator import ROOT, UserError, to_json, write_atomically
-from model import rows_per_chunk
-from optim import STATE_TENSORS
+from configurator import to_json
+from script import ROOT, UserError, write_atomically
 
-# Dense bfloat16/float16 tensor-core peaks in FLOP/s, with float32 accumulation. Keys are regular
-# expressions for CUDA's name of the card. Most data sheets print the peak with sparsity, which is
-# twice the dense one.
-PEAK_FLOPS = {
-    "GB200": 2500e12,                                   # GB200 NVL72 data sheet
-    "B200": 2250e12,                                    # Blackwell data sheet, HGX B200
-    "GH200 .*": 989e12,                                 # GH200 Grace Hopper data sheet
-    "H200": 989e12, "H200 NVL": 836e12,                 # H200 data sheet
-    "H100 .*HBM3": 989e12, "H100 NVL": 836e12,          # H100 data sheet, SXM and NVL
-    "H100 PCIe": 756e12,                                # H100 data sheet of 2022
-    "A100[ -].*": 312e12,                               # A100 data sheet
-    "L40S": 362e12, "L4": 121e12,                       # L40S and L4 data sheets
-    "A10G": 70e12,                                      # A10G data sheet, published by AWS
-    "RTX A6000": 155e12,                                # RTX A6000 data sheet
-    "RTX 3090": 71e12,                                  # Ampere GA102 whitepaper
-    "RTX 4090": 165e12,                                 # Ada architecture whitepaper
-    "RTX 5090": 209.5e12,                               # RTX Blackwell architecture whitepaper
-    "V100-SXM.*": 125e12, "V100-PCIE.*": 112e12,        # V100 data sheet
-    "T4": 65e12}                                        # T4 data sheet
 WIN_RATES, ADVISE_AFTER = (0.05, 0.9), 20   # outside for so many log lines, rho is wrong
 MAX_SKIPPED = 20   # in a row: a GradScaler that begins at 2**16 has found its scale by then
 # Kept on the device: clipped steps and largest loss since the last log line; skipped updates of the
 # whole run; skipped steps in a row.
 COUNTS = ("clipped", "loss_max", "skipped", "in_a_row")
-
-
-def peak_flops(device, dtype):
-    """Peak FLOP/s of the device in dtype. Where a GPU's is not known: None, and one line why."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    card = re.sub("^(NVIDIA |Tesla |GeForce )*", "", name)
-    peaks = [peak for pattern, peak in PEAK_FLOPS.items() if re.fullmatch(pattern, card)]
-    if not peaks or " MIG " in card:
-        ddp.say(f"MFU is left out: PEAK_FLOPS in metrics.py has no peak for {name}")
-    elif dtype == torch.float32:
-        ddp.say("MFU is left out: PEAK_FLOPS in metrics.py has no peaks for float32")
-    else:
-        return peaks[0]
-    return None
-
-
-def memory_estimate(cfg, model, dtype, compiled):
-    """
-    Bytes that PyTorch allocates on one rank at the peak of a step, by part: {name: bytes}. With P
-    parameters, E of them in the token embedding, width C, L layers, N = batch_size x block_size
-    tokens in a micro-batch and s bytes in a number of dtype:
-        weights      4 P, and s P for their copies where dtype is not float32
-        gradients    4 P
-        state        4 P for each tensor that the optimizer keeps
-        activations  N L C (14 s + 8): in each layer the float32 inputs of two LayerNorms; the
-                     inputs of four matmuls (7 C), q, k, v (3 C) and the input of GELU (4 C)
-        head         4 E for its weight's gradient, and the float32 logits of a chunk, 3 times
-                     compiled and 6 times eager
-    The peak is at the head of any micro-batch but the first, when all of these exist. An update
-    that is not compiled exceeds it in a model of few layers. So does a Hutchinson pass in any.
-    What CUDA, NCCL and fragmentation take comes on top.
-    """
-    bytes_each = dtype.itemsize
-    parameters, head = model.num_params(), model.lm_head.weight
-    tokens = cfg.batch_size * cfg.block_size
-    rows = rows_per_chunk(torch.empty(0, dtype=dtype, device=head.device), len(head))
-    chunk = 4 * min(rows, tokens) * len(head)
-    return {"weights": parameters * (4 + bytes_each * (dtype != torch.float32)),
-            "gradients": 4 * parameters,
-            "state": 4 * parameters * STATE_TENSORS[cfg.optimizer],
-            "activations": tokens * cfg.n_layer * cfg.n_embd * (14 * bytes_each + 8),
-            "head": 4 * head.numel() + chunk * (3 if compiled else 6)}
 
 
 def git_commit():
@@ -117,7 +52,7 @@ class Metrics:
         self.first = self.logged              # when this process started
         self.unhealthy = 0                    # log lines in a row, see WIN_RATES
         self.file = self.wandb = None
-        if world.is_main and not cfg.eval_only:
+        if world.is_rank0 and not cfg.eval_only:
             self._open(step)
 
     def _open(self, step):
@@ -146,8 +81,9 @@ class Metrics:
         try:
             self.wandb = wandb.init(**settings)
         except wandb.Error as error:   # no key, no network
-            ddp.say(f"wandb: {str(error).splitlines()[0].rstrip('.')}; logging offline. Upload it "
-                    f"later with: wandb sync {self.cfg.out_dir}/wandb/offline-run-*")
+            reason = str(error).splitlines()[0].rstrip(".")
+            ddp.print0(f"wandb: {reason}; logging offline. Upload it later with: wandb sync "
+                       f"{self.cfg.out_dir}/wandb/offline-run-*")
             self.wandb = wandb.init(**settings, mode="offline")
         self.wandb_id = self.wandb.id
         # A resumed run repeats the steps after its checkpoint, which wandb's own counter would
@@ -161,7 +97,7 @@ class Metrics:
         """What a checkpoint keeps. The records before it are on the disk when this returns."""
         if self.file:
             self._append("", to_disk=True)
-        counts = {name: ddp.largest(float(getattr(self, name))) for name in COUNTS}
+        counts = {name: ddp.all_reduce_max(float(getattr(self, name))) for name in COUNTS}
         return {**counts, "seconds": self.seconds, "wandb_id": self.wandb_id}
 
     def start_clock(self):
@@ -173,29 +109,23 @@ class Metrics:
         self.seconds += now - (self.started_at or now)
         self.started_at = None
 
-    def observe(self, step, loss, grad_norm):
-        """
-        Take note, on the device, of a training step before its update. loss: this rank's mean;
-        grad_norm: of the gradient of all ranks, hence the same on all. Returns a 0-dim tensor, 1 if
-        the update must be skipped because the gradient is not finite.
-        """
-        skip = self.skip_if_not_finite(grad_norm)
-        self.in_a_row = (self.in_a_row + 1) * skip
+    def count_step(self, step, loss, grad_norm, skipped):
+        """Count a training step on the device. loss: this rank's mean; skipped: 1 if its update was
+        skipped because the gradient, whose norm is the same on all ranks, is not finite."""
+        self.skipped += skipped
+        self.in_a_row = (self.in_a_row + 1) * skipped
         self.stuck_at += step * ((self.stuck_at == 0) & (self.in_a_row >= MAX_SKIPPED))
         self.loss_max = torch.fmax(self.loss_max, loss)
         if self.cfg.grad_clip:
             self.clipped += grad_norm > self.cfg.grad_clip
-        return skip
 
-    def skip_if_not_finite(self, grad_norm):
-        skip = (~torch.isfinite(grad_norm)).float()
-        self.skipped += skip
-        return skip
+    def count_hessian_update(self, skipped):
+        self.skipped += skipped
 
     def check_skipped(self):
         """Raise UserError on every rank if too many updates in a row were skipped. Waits for the
         device."""
-        step = ddp.largest(int(self.stuck_at))
+        step = ddp.all_reduce_max(int(self.stuck_at))
         if step:
             self._give_up(f"the gradient was not finite in {MAX_SKIPPED} steps in a row, up to "
                           f"{step}")
@@ -211,11 +141,11 @@ class Metrics:
         """Record a training step. loss: this rank's mean, 0-dim; statistics: 0-dim tensors by name.
         Every rank calls this; it is the loop's only wait for the device."""
         self.check_skipped()
-        tensors = {"train/loss": ddp.mean(loss), "grad_norm": grad_norm,
+        tensors = {"train/loss": ddp.all_reduce_mean(loss), "grad_norm": grad_norm,
                    "train/clip_rate": self.clipped / self.cfg.log_interval,
                    "train/skipped": self.skipped, **statistics}
         values = torch.stack([t.float() for t in tensors.values()]).tolist()
-        largest = ddp.largest(float(self.loss_max))
+        largest = ddp.all_reduce_max(float(self.loss_max))
         self.clipped.zero_()
         self.loss_max.zero_()
         self.stop_clock()
@@ -246,7 +176,7 @@ class Metrics:
         self.unhealthy = 0 if healthy else self.unhealthy + 1
         if self.unhealthy == ADVISE_AFTER:
             how = f"below {low}: raise" if win_rate < low else f"above {high}: lower"
-            ddp.say(f"win_rate has been {how} rho, which is {self.cfg.rho}, in the next run")
+            ddp.print0(f"win_rate has been {how} rho, which is {self.cfg.rho}, in the next run")
 
     def log_eval(self, step, val_loss, stderr):
         """Record an evaluation."""
@@ -261,9 +191,9 @@ class Metrics:
                     f"step {step}/{self.cfg.max_iters} | sample {text[:60]!r}")
 
     def _write(self, step, record, line):
-        if not self.world.is_main:
+        if not self.world.is_rank0:
             return
-        ddp.say(line)
+        ddp.print0(line)
         if not self.file:   # eval_only
             return
         tokens = step * self.cfg.tokens_per_step

@@ -10,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from configurator import UserError
+from script import UserError
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def make_optimizer(cfg, model, fused):
     common = dict(lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2))
     if cfg.optimizer == "sophiag":
         return SophiaG(groups, **common, rho=cfg.rho, fused=fused,
-                       bs=cfg.tokens_per_hessian if cfg.squares_gradient else 1,
+                       bs=cfg.hessian_tokens if cfg.squares_gradient else 1,
                        target_win_rate=cfg.target_win_rate)
     if cfg.optimizer == "lion":
         return Lion(groups, **common, fused=fused)

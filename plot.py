@@ -7,7 +7,7 @@ import math
 import numpy as np
 from matplotlib.figure import Figure  # not pyplot: without it no display is needed
 
-from configurator import UserError
+from script import UserError
 
 VAL_LOSS = "validation loss (nats/token)"
 # Panels: x, y, label of y.

@@ -4,29 +4,15 @@ Text from a trained model.
     python sample.py out/quickstart-sophiag --prompt="def "
     python sample.py out/run/ckpt_00010000.pt --prompt=FILE:prompt.txt --num_samples=5 --top_k=50
 """
-import os
 import time
 
 import torch
 
 import checkpoint
-import ddp
-from configurator import ArgumentParser, UserError, run_script
+from device import pick_device
 from model import GPT, GPTConfig
+from script import ArgumentParser, UserError, run_script
 from tokenizer import get_tokenizer
-
-
-def best_checkpoint(run):
-    """Path of the checkpoint to sample from: run itself if a file, else the run's best."""
-    if not os.path.isdir(run):
-        return run
-    newest, problems = checkpoint.newest_good(run)
-    for problem in problems:
-        print(problem)
-    if newest is None:
-        raise UserError(f"no checkpoint in {run}")
-    best = checkpoint.path_of(run, checkpoint.load(newest)["best_step"])
-    return best if os.path.exists(best) else newest
 
 
 def main(argv):
@@ -57,10 +43,10 @@ def main(argv):
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read {prompt[5:]}: {error}") from None
 
-    path = best_checkpoint(args.run)
+    path = checkpoint.find_best(args.run)
     saved = checkpoint.load(path)
     tokenizer = get_tokenizer(saved["tokenizer"])
-    device = ddp.join(args.device).device
+    device = pick_device(args.device)
     model = GPT(GPTConfig(**saved["model_args"]))
     model.load_state_dict(saved["model"])
     model.eval().to(device)

@@ -13,18 +13,20 @@ import io
 import itertools
 import json
 import os
+import subprocess
 import sys
 import time
 from contextlib import closing
 from dataclasses import asdict
 from urllib.parse import quote
 
-import ddp
+import torch
+
 from compare import Run, duration
-from configurator import ArgumentParser, UserError, load_config, run_script, write_atomically
-from jobs import train_all
+from configurator import load_config
 from metrics import read_metrics
 from plot import plot_grid
+from script import ROOT, ArgumentParser, StopSignal, UserError, run_script, write_atomically
 
 
 def make_grid(words):
@@ -96,6 +98,56 @@ def result(run, axes):
         "win_rate": [None, *run.series("iter", "train/win_rate")[1]][-1], "run": run.path}
 
 
+def slot_environment(slot, jobs):
+    """Environment of the slot-th of jobs processes at a time: its part of the threads that one
+    alone would use, and a GPU of its own while there are enough."""
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if gpus == [""]:
+        gpus = [str(i) for i in range(torch.cuda.device_count())] or gpus
+    return {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // jobs)),
+            "CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]}
+
+
+def start_run(config, environment):
+    """A process of train.py; what it prints is added to output.txt in its out_dir."""
+    # Every setting is a flag: a config file that is edited meanwhile changes no run.
+    words = [f"--{name}={value}" for name, value in config.items()]
+    try:
+        os.makedirs(config["out_dir"], exist_ok=True)
+        with open(os.path.join(config["out_dir"], "output.txt"), "ab") as output:
+            return subprocess.Popen([sys.executable, os.path.join(ROOT, "train.py"), *words],
+                                    env={**os.environ, **environment}, stdin=subprocess.DEVNULL,
+                                    stdout=output, stderr=output)
+    except OSError as error:
+        raise UserError(f"cannot start {config['out_dir']}: {error.strerror}") from None
+
+
+def run_all(configs, jobs, stop):
+    """
+    Train with each of configs, a dict of dicts of all settings, jobs at a time; yields (key, exit
+    code) as they end. On a signal, which stop has then seen, and on an error, those that run are
+    asked to save and leave, and waited for.
+    """
+    waiting, running = list(configs), {}   # keys; key and process by slot
+    jobs = min(jobs, len(configs))         # fewer have a larger share each
+    try:
+        while (waiting or running) and not stop.requested:
+            for slot in range(jobs):
+                if waiting and slot not in running:
+                    key = waiting.pop(0)
+                    running[slot] = key, start_run(configs[key], slot_environment(slot, jobs))
+            time.sleep(0.1)
+            for slot, (key, process) in list(running.items()):
+                if process.poll() is not None:
+                    del running[slot]
+                    yield key, process.returncode
+    finally:
+        for _, process in running.values():
+            process.terminate()   # SIGTERM: after Ctrl-C, a second SIGINT would interrupt at once
+        for _, process in running.values():
+            process.wait()
+
+
 def main(argv):
     parser = ArgumentParser(__doc__)
     parser.usage = "sweep.py [config.py ...] [--key=value[,value ...] ...] [--jobs=N] [--only=I]"
@@ -124,8 +176,8 @@ def main(argv):
 
     save()   # before anything starts: the folder can be written
     print(f"{len(runs)} runs in {folder}, {len(todo)} to train", flush=True)
-    stop, began = ddp.StopSignal(), time.monotonic()
-    with closing(train_all({i: runs[i].config for i in todo}, args.jobs, stop)) as ends:
+    stop, began = StopSignal(), time.monotonic()
+    with closing(run_all({i: runs[i].config for i in todo}, args.jobs, stop)) as ends:
         for n, (i, code) in enumerate(ends, 1):
             if code:
                 with open(os.path.join(runs[i].path, "output.txt"), "a", encoding="utf-8") as file:

@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
 
-from configurator import UserError
+from script import UserError
 
 FORMATS = r"\.(parquet|(jsonl|txt)(\.gz|\.zst)?)$"
 TEXT_TYPES = r"(dictionary<values=)?(large_)?(string|binary)|null$"   # arrow's names of them

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from configurator import ArgumentParser, UserError, claim, write_atomically  # noqa: E402
+from script import ArgumentParser, UserError, lock_file, write_atomically  # noqa: E402
 from tokenizer import get_tokenizer  # noqa: E402
 
 SPLITS = ("train", "val")
@@ -157,7 +157,7 @@ class Unfinished:
         """Open the parts; what was written after the last save is cut off."""
         for split in SPLITS:
             file = self.files[split] = open(self.path(split), "ab")
-            claim(file, f"another process is preparing {self.out_dir}; wait for it, or stop it")
+            lock_file(file, f"another process is preparing {self.out_dir}; wait for it, or stop it")
             size = self.state["tokens"][split] * self.dtype.itemsize
             if file.tell() < size:
                 raise UserError(f"{self.path(split)} is shorter than it was; pass --restart to "

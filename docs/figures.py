@@ -16,10 +16,10 @@ from matplotlib.figure import Figure
 DOCS = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(DOCS))
 import checkpoint  # noqa: E402
-from configurator import ArgumentParser, UserError, run_script  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from optim import parameter_groups  # noqa: E402
 from plot import COLOURS, save  # noqa: E402
+from script import ArgumentParser, UserError, run_script  # noqa: E402
 from sophia import SophiaG  # noqa: E402
 
 STEPS, START = 40, (0.35, 0.0)
@@ -97,7 +97,7 @@ def clip_ratios(run_dir):
     {kind of parameter: |m| / (rho B h) of its coordinates}, of a run's newest checkpoint. A
     coordinate is clipped where the ratio is 1 or more.
     """
-    path, _ = checkpoint.newest_good(run_dir)
+    path, _ = checkpoint.find_latest(run_dir)
     if path is None:
         raise UserError(f"no checkpoint in {run_dir}; make one: python data/pystdlib/prepare.py "
                         f"&& python train.py config/quickstart_sophiag.py")

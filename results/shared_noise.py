@@ -9,7 +9,7 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import train  # noqa: E402
-from configurator import run_script  # noqa: E402
+from script import run_script  # noqa: E402
 
 
 class SharedNoise(train.DataLoader):

@@ -34,7 +34,7 @@ def main(estimator, data_dir, out, estimates, shared):
     cfg = load_config([f"--dataset={data_dir}", "--block_size=4", "--batch_size=1",
                        "--total_batch_size=4", "--hessian_batch_size=4",
                        f"--hessian_estimator={estimator}"], ddp.world_size())
-    world = ddp.join("cpu")
+    world = ddp.setup(torch.device("cpu"))
     data = DataLoader(cfg, ddp.World(0, world.size, world.device) if shared else world)
     raw_model = build()
     model = DDP(raw_model) if world.size > 1 else raw_model
@@ -45,13 +45,13 @@ def main(estimator, data_dir, out, estimates, shared):
                          cfg, nullcontext(), scaler)
         estimate = torch.cat([p.grad.flatten() for p in raw_model.parameters()]).double().numpy()
         if cfg.squares_gradient:
-            estimate = cfg.tokens_per_hessian * estimate ** 2
+            estimate = cfg.hessian_tokens * estimate ** 2
         total, squares = total + estimate, squares + estimate ** 2
-    if world.is_main:
+    if world.is_rank0:
         mean = total / estimates
         np.savez(out, mean=mean, error=np.sqrt((squares / estimates - mean ** 2) / estimates))
     del model
-    ddp.leave()
+    ddp.cleanup()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from conftest import TINY, flags, run
 
 from bench import STEP, peak_memory, plain_loss, random_model
 from configurator import load_config
-from metrics import memory_estimate
+from device import memory_estimate
 from model import GPT, GPTConfig
 
 

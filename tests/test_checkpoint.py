@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import checkpoint
-from configurator import UserError
+from script import UserError
 
 
 def payload(step=10):
@@ -186,17 +186,17 @@ def test_nothing_in_a_checkpoint_runs(tmp_path, form):
 
 
 def test_the_newest_good_one_is_found_and_the_bad_ones_named(tmp_path):
-    assert checkpoint.newest_good(tmp_path) == (None, [])
+    assert checkpoint.find_latest(tmp_path) == (None, [])
     paths = {step: Path(checkpoint.save(tmp_path, payload(step), 10)) for step in (10, 20, 30)}
-    assert checkpoint.newest_good(tmp_path) == (str(paths[30]), [])
+    assert checkpoint.find_latest(tmp_path) == (str(paths[30]), [])
     paths[30].write_bytes(paths[30].read_bytes()[:-100])
     torch.save(Payload(tmp_path / "mark"), paths[20])
-    path, messages = checkpoint.newest_good(tmp_path)
+    path, messages = checkpoint.find_latest(tmp_path)
     assert path == str(paths[10])
     assert [str(p) in m for p, m in zip((paths[30], paths[20]), messages)] == [True, True]
     paths[10].write_bytes(b"")
     with pytest.raises(UserError, match="can be loaded.*ckpt_00000030.pt"):
-        checkpoint.newest_good(tmp_path)
+        checkpoint.find_latest(tmp_path)
     assert not (tmp_path / "mark").exists()
 
 

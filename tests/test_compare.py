@@ -10,7 +10,7 @@ import pytest
 from conftest import run
 
 from compare import main
-from configurator import UserError
+from script import UserError
 
 CONFIG = dict(
     out_dir="out", init_from="scratch", seed=1, eval_interval=100, eval_iters=2, log_interval=10,

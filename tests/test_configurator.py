@@ -5,7 +5,8 @@ import json
 import pytest
 from conftest import ROOT
 
-from configurator import FIELDS, TrainConfig, UserError, load_config, to_json
+from configurator import FIELDS, TrainConfig, load_config, to_json
+from script import UserError
 
 CONFIGS = sorted((ROOT / "config").glob("*.py"))
 # size: layers, heads, width, then (learning rate, min_lr) of AdamW, Lion, SophiaG, SophiaG's rho.
@@ -182,7 +183,7 @@ def test_hessian_batch_is_half_rounded_up_to_the_ranks(total, micro, ranks, want
     cfg = load_config([f"--total_batch_size={total}", f"--batch_size={micro}", "--block_size=64"],
                       ranks)
     assert cfg.hessian_batch_size == wanted
-    assert cfg.tokens_per_hessian == wanted * 64 and cfg.tokens_per_step == total * 64
+    assert cfg.hessian_tokens == wanted * 64 and cfg.tokens_per_step == total * 64
 
 
 @pytest.mark.parametrize("total, ranks, wanted", [(480, 1, 32), (480, 24, 48), (8, 1, 1),

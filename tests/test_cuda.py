@@ -23,6 +23,7 @@ import ddp
 import export
 import train
 from configurator import load_config
+from device import pick_device
 from lion import Lion
 from metrics import Metrics
 from model import GPT, GPTConfig
@@ -37,7 +38,7 @@ def device(pytestconfig):
     kind = pytestconfig.getoption("--device")
     if kind == "cuda" and not torch.cuda.is_available():
         pytest.skip("there is no CUDA device")
-    return ddp.join(kind).device
+    return pick_device(kind)
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +55,7 @@ def train_here(out_dir, data, device, **settings):
     """A run of train.py's loop in this process; returns its records of training steps."""
     knobs = {**SETTINGS, "dataset": data, "out_dir": out_dir, "device": device.type, **settings}
     cfg = load_config(flags(**knobs))
-    train.train(cfg, ddp.join(cfg.device))
+    train.train(cfg, ddp.setup(pick_device(cfg.device)))
     return records(out_dir)
 
 
@@ -306,12 +307,12 @@ def test_process_group_of_the_device(device):
             assert loss.item() == pytest.approx(wanted.item(), abs=0.01)
             for p, g in zip(raw_model.parameters(), gradients):
                 torch.testing.assert_close(p.grad, g, rtol=0.01, atol=1e-3)
-        assert ddp.mean(torch.tensor(3.0, device=device)).device == device
-        assert ddp.total(torch.ones(3, dtype=torch.double)).tolist() == [1, 1, 1]
-        assert ddp.largest(7) == 7 and ddp.from_main(lambda: "a path") == "a path"
+        assert ddp.all_reduce_mean(torch.tensor(3.0, device=device)).device == device
+        assert ddp.all_reduce_sum(torch.ones(3, dtype=torch.double)).tolist() == [1, 1, 1]
+        assert ddp.all_reduce_max(7) == 7 and ddp.broadcast_from_rank0(lambda: "a path") == "a path"
         del model
     finally:
-        ddp.leave()
+        ddp.cleanup()
 
 
 def test_as_many_ranks_as_gpus_give_the_losses_of_one(device, tiny_data, tmp_path):

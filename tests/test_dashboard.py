@@ -9,7 +9,7 @@ import pytest
 from conftest import TINY, Fork, command, environment, flags, records
 
 import dashboard
-from configurator import UserError
+from script import UserError
 
 # wandb-workspaces uses validators of pydantic's first version.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -17,8 +17,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 def know_a_peak():
     """mfu is written where the device's peak is known, as a CPU's is not."""
-    import metrics
-    metrics.peak_flops = lambda device, dtype: 1e12
+    import device
+    device.peak_flops = lambda device, dtype: 1e12
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,10 @@ import pytest
 import torch
 from conftest import TINY, flags, write_data
 
-from configurator import UserError, load_config
+from configurator import load_config
 from dataloader import DataLoader
 from ddp import World
+from script import UserError
 
 T = 16
 TRAIN, VAL = 2021, 600   # tokens: 125 training windows of 16, 37 validation windows

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, code_blocks, flags, records, run, shell, train, write_data
-from test_pretrained import CONTEXT, SHAPE, V, as_sophia, build_theirs, their_loss
+from test_init_from import CONTEXT, SHAPE, V, as_sophia, build_theirs, their_loss
 
 import checkpoint
 from plot import COLOURS

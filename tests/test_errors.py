@@ -211,9 +211,9 @@ def test_torchruns_summary_shows_the_line():
     ("UserError('no tokens')", "error: no tokens"),
     ("KeyError('mistake of ours')", r"Traceback .*, in main\n.*KeyError: 'mistake of ours'")])
 def test_torchruns_summary_shows_what_a_rank_other_than_0_met(tmp_path, error, shown):
-    script = tmp_path / "script.py"
+    script = tmp_path / "failing.py"
     script.write_text(f"""import os, time
-from configurator import UserError, run_script
+from script import UserError, run_script
 def main(argv):
     if os.environ["RANK"] == "1":
         raise {error}

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import checkpoint
-import pretrained
+import init_from
 from export import hf_tokenizer
 from model import GPT, GPTConfig
 from tokenizer import get_tokenizer
@@ -99,7 +99,7 @@ def test_half_precision_rounds_the_weights(ours, exported, dtype):
     assert all(tensor.dtype == dtype and torch.equal(tensor, precise[name].to(dtype))
                for name, tensor in rounded.items())
     assert AutoModelForCausalLM.from_pretrained(half).dtype == dtype
-    back = pretrained.load(str(half), V, ours.config.bias)
+    back = init_from.load_weights(str(half), V, ours.config.bias)
     model = GPT(GPTConfig(**back["model_args"])).eval()
     model.load_state_dict(back["model"])
     theirs = AutoModelForCausalLM.from_pretrained(half, dtype=torch.float32).eval()
@@ -116,7 +116,7 @@ def test_finetuning_continues_from_it(ours, exported, tmp_path):
     folder = exported()
     settings = dict(n_layer=3, bias=ours.config.bias, init_from=folder, eval_iters=0, max_iters=2,
                     warmup_iters=1, eval_interval=1, hessian_interval=1)
-    back = pretrained.load(str(folder), V, ours.config.bias)
+    back = init_from.load_weights(str(folder), V, ours.config.bias)
     assert back["model_args"]["bias"] == ours.config.bias
     assert GPTConfig(**back["model_args"]).padded_vocab_size == 320
     model = GPT(GPTConfig(**back["model_args"])).eval()

@@ -18,8 +18,10 @@ from conftest import ROOT, TINY, command, environment, flags, records, run, trai
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
 import checkpoint
-from configurator import FIELDS, UserError
-from metrics import peak_flops, read_metrics
+from configurator import FIELDS
+from device import peak_flops
+from metrics import read_metrics
+from script import UserError
 
 CLIP = 0.75   # about the middle of this run's gradient norms
 RUN = dict(max_iters=20, eval_interval=10, hessian_interval=5, lr_decay_iters=30, grad_clip=CLIP)
@@ -258,7 +260,7 @@ def test_a_gradient_that_is_not_finite_is_skipped(tiny_data, tmp_path, optimizer
         assert by_step[9]["hessian_norm"] == by_step[10]["hessian_norm"]
         assert by_step[14]["hessian_norm"] != by_step[15]["hessian_norm"]
     assert by_step[20]["train/loss"] < by_step[6]["train/loss"]
-    saved = checkpoint.load(checkpoint.newest_good(tmp_path / "out")[0])
+    saved = checkpoint.load(checkpoint.find_latest(tmp_path / "out")[0])
     assert all(t.isfinite().all() for t in saved["model"].values())
 
 
@@ -270,7 +272,7 @@ def test_training_gives_up_after_too_many_in_a_row(tiny_data, tmp_path):
                      r"checkpoints in \S+ are intact", done.stderr)
     alert, = read_wandb(tmp_path / "out")[-1]["alert"]
     assert alert["title"] == "training gave up" and "up to 44" in alert["text"]
-    saved = checkpoint.load(checkpoint.newest_good(tmp_path / "out")[0])
+    saved = checkpoint.load(checkpoint.find_latest(tmp_path / "out")[0])
     assert saved["step"] == 40 and all(t.isfinite().all() for t in saved["model"].values())
 
 
@@ -322,7 +324,7 @@ def test_an_unknown_card_says_that_mfu_is_left_out(monkeypatch, capsys, card, te
     cuda = torch.device("cuda")
     assert peak_flops(cuda, torch.bfloat16) == (teraflops and teraflops * 1e12)
     said = capsys.readouterr().out
-    assert said == ("" if teraflops else "MFU is left out: PEAK_FLOPS in metrics.py has no peak "
+    assert said == ("" if teraflops else "MFU is left out: PEAK_FLOPS in device.py has no peak "
                     f"for {card}\n")
     assert peak_flops(cuda, torch.float32) is None
     assert ("float32" if teraflops else card) in capsys.readouterr().out

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from configurator import UserError
 from model import GPT, GPTConfig, choose, draw_labels
+from script import UserError
 
 TINY = GPTConfig(vocab_size=65, block_size=16, n_layer=3, n_head=4, n_embd=32)
 

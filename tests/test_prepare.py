@@ -34,8 +34,8 @@ from pyarrow import parquet
 from tokenize_to_bin import split_by_hash, write_bins
 from transformers import GPT2TokenizerFast
 
-from configurator import UserError
 from dataloader import Tokens, load_meta
+from script import UserError
 from tokenizer import get_tokenizer
 
 OPENWEBTEXT, CUSTOM = ROOT / "data/openwebtext/prepare.py", ROOT / "data/custom/prepare.py"

@@ -16,11 +16,12 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 import checkpoint
-import pretrained
-from configurator import TYPES, TrainConfig, UserError, load_config
+import init_from
+from configurator import TYPES, TrainConfig, load_config
 from dataloader import DataLoader, load_meta
 from ddp import World
 from metrics import read_metrics
+from script import UserError
 
 NAMES = [f.name for f in fields(TrainConfig)]
 SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20))
@@ -175,7 +176,7 @@ def test_hugging_face_configs(changes, tmp_path):
               tmp_path / "model.safetensors")
     config = {"n_layer": 0, "n_head": 1, "n_embd": 4, "n_positions": 8, "vocab_size": 65, **changes}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    valid(pretrained.load, str(tmp_path), 65, False)
+    valid(init_from.load_weights, str(tmp_path), 65, False)
 
 
 @given(content=st.binary(max_size=200), suffix=st.sampled_from(

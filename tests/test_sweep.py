@@ -13,9 +13,8 @@ from types import SimpleNamespace
 import pytest
 from conftest import TINY, command, environment, flags, records, run
 
-import jobs
 import sweep
-from configurator import UserError
+from script import UserError
 
 GRID = "--learning_rate=1e-3,1e30", "--seed=1,2"   # with 1e30 the loss is not finite
 GOOD, BAD = ([f"learning_rate={lr},seed={seed}" for seed in (1, 2)] for lr in ("0.001", "1e%2B30"))
@@ -28,7 +27,7 @@ def words(data, out_dir, *more, **settings):
 def call(*argv):
     """What main(argv) prints, in this process: for calls that train nothing."""
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as output:
-        patch.setattr(sweep.ddp, "StopSignal", lambda: SimpleNamespace(name=None))
+        patch.setattr(sweep, "StopSignal", lambda: SimpleNamespace(name=None, requested=False))
         sweep.main([str(word) for word in argv])
     return output.getvalue()
 
@@ -106,7 +105,7 @@ def test_a_mistake_is_one_line_and_nothing_is_started(tmp_path, monkeypatch, mis
     named, argv = MISTAKES[mistake]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "c.py").write_text("seed = 3\n")
-    monkeypatch.setattr(jobs, "start", lambda *_: pytest.fail("started"))
+    monkeypatch.setattr(sweep, "start_run", lambda *_: pytest.fail("started"))
     with pytest.raises(UserError) as refused:
         call(*words("data", "out"), *argv.split())
     assert all(word in str(refused.value) for word in named.split()), refused.value
@@ -181,7 +180,7 @@ def test_what_is_finished_is_left_alone_and_what_failed_is_tried_again(swept, ti
     def start(config, environment):
         tried.append(os.path.basename(config["out_dir"]))
         return subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
-    monkeypatch.setattr(jobs, "start", start)
+    monkeypatch.setattr(sweep, "start_run", start)
     with pytest.raises(SystemExit, match="not done: 2 of 4"):
         call(*words(tiny_data, swept[1], *GRID))
     assert tried == BAD
@@ -260,26 +259,26 @@ def sleeper(*_):
 
 def test_on_an_error_the_trainers_are_stopped(monkeypatch):
     started = []
-    monkeypatch.setattr(jobs, "start", lambda *_: started.append(sleeper()) or started[-1])
-    stop = SimpleNamespace(name=None)
+    monkeypatch.setattr(sweep, "start_run", lambda *_: started.append(sleeper()) or started[-1])
+    stop = SimpleNamespace(name=None, requested=False)
     with pytest.raises(UserError), contextlib.closing(
-            jobs.train_all(dict.fromkeys("abc"), 3, stop)) as ends:
-        monkeypatch.setattr(jobs.time, "sleep", lambda _: started[0].kill())
+            sweep.run_all(dict.fromkeys("abc"), 3, stop)) as ends:
+        monkeypatch.setattr(sweep.time, "sleep", lambda _: started[0].kill())
         for _ in ends:
             raise UserError("the disk is full")
     assert len(started) == 3 and all(process.poll() for process in started)
 
 
 def test_each_job_has_its_share_of_the_machine(monkeypatch):
-    monkeypatch.setattr(jobs.torch, "get_num_threads", lambda: 9)
+    monkeypatch.setattr(sweep.torch, "get_num_threads", lambda: 9)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    shares = [jobs.share(slot, 4) for slot in range(4)]
+    shares = [sweep.slot_environment(slot, 4) for slot in range(4)]
     assert [s["CUDA_VISIBLE_DEVICES"] for s in shares] == ["3", "5", "3", "5"]
     assert {s["OMP_NUM_THREADS"] for s in shares} == {"2"}
-    assert jobs.share(0, 20)["OMP_NUM_THREADS"] == "1"
+    assert sweep.slot_environment(0, 20)["OMP_NUM_THREADS"] == "1"
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    monkeypatch.setattr(jobs.torch.cuda, "device_count", lambda: 0)
-    assert jobs.share(1, 2)["CUDA_VISIBLE_DEVICES"] == ""
+    monkeypatch.setattr(sweep.torch.cuda, "device_count", lambda: 0)
+    assert sweep.slot_environment(1, 2)["CUDA_VISIBLE_DEVICES"] == ""
 
 
 def test_jobs_at_a_time(monkeypatch):
@@ -290,10 +289,10 @@ def test_jobs_at_a_time(monkeypatch):
         assert slot not in running or running[slot].poll() is not None
         running[slot] = subprocess.Popen([sys.executable, "-c", f"raise SystemExit({config})"])
         return running[slot]
-    monkeypatch.setattr(jobs, "start", start)
-    monkeypatch.setattr(jobs, "share", lambda slot, jobs: slot)
+    monkeypatch.setattr(sweep, "start_run", start)
+    monkeypatch.setattr(sweep, "slot_environment", lambda slot, jobs: slot)
     codes = {name: code for code, name in enumerate("abcde")}
-    ends = jobs.train_all(codes, 2, SimpleNamespace(name=None))
+    ends = sweep.run_all(codes, 2, SimpleNamespace(name=None, requested=False))
     assert sorted(ends) == [("a", 0), ("b", 1), ("c", 2), ("d", 3), ("e", 4)]
     assert sorted(running) == [0, 1]
 

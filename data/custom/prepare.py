@@ -19,7 +19,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from tokenize_to_bin import prepare_arguments, split_by_hash, write_bins  # noqa: E402, I001
 
-from configurator import UserError, run_script  # noqa: E402
+from script import UserError, run_script  # noqa: E402
 from documents import Files, standard_input  # noqa: E402
 from tokenizer import get_tokenizer  # noqa: E402
 

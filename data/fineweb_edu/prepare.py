@@ -11,7 +11,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from tokenize_to_bin import prepare_arguments, split_by_hash, write_bins  # noqa: E402, I001
 
-from configurator import run_script  # noqa: E402
+from script import run_script  # noqa: E402
 from documents import Files, hub_files  # noqa: E402
 
 

@@ -14,7 +14,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from tokenize_to_bin import prepare_arguments, write_bins  # noqa: E402, I001
 
-from configurator import UserError, run_script  # noqa: E402
+from script import UserError, run_script  # noqa: E402
 from documents import Texts  # noqa: E402
 
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}

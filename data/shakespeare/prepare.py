@@ -13,7 +13,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from tokenize_to_bin import SPLITS, prepare_arguments, write_bins  # noqa: E402, I001
 
-from configurator import UserError, run_script  # noqa: E402
+from script import UserError, run_script  # noqa: E402
 from documents import Texts  # noqa: E402
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"

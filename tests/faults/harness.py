@@ -91,7 +91,7 @@ class Run:
 
     def final(self):
         """Everything in the last checkpoint but the times."""
-        found = checkpoint.load(checkpoint.newest_good(self.out_dir)[0])
+        found = checkpoint.load(checkpoint.find_latest(self.out_dir)[0])
         del found["metrics"]["seconds"], found["config"]
         return found
 

@@ -7,7 +7,8 @@ import pytest
 from harness import STEP, Run, at
 from test_disks import refused
 
-from configurator import less_memory, load_config
+from configurator import load_config
+from device import advise_on_memory
 
 
 def limit_memory(beyond):
@@ -35,5 +36,5 @@ def test_out_of_memory_names_the_batch_size(tiny_data, tmp_path, ranks):
 
 def test_a_batch_of_one_cannot_be_lowered():
     cfg = load_config(["--batch_size=1"])
-    assert "--batch_size is 1 and cannot be lowered" in less_memory(cfg, 1)
-    assert "for example to 10;" in less_memory(load_config(["--batch_size=12"]), 8)
+    assert "--batch_size is 1 and cannot be lowered" in advise_on_memory(cfg, 1)
+    assert "for example to 10;" in advise_on_memory(load_config(["--batch_size=12"]), 8)

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import checkpoint
-import pretrained
+import init_from
 import train as train_script
-from configurator import UserError
 from model import GPT, GPTConfig
+from script import UserError
 
 V, CONTEXT = 257, TINY["block_size"]   # bytes and end of text; 257 is no multiple of 64
 SHAPE = dict(n_layer=3, n_head=2, n_embd=32, bias=True, scale_attn_by_inverse_layer_idx=False)
@@ -136,10 +136,10 @@ def test_logits_and_losses_equal_hugging_faces(data, tmp_path, save, settings):
     source = tmp_path / "theirs"
     save(theirs, source)
     bias = settings.get("bias", True)
-    ours = gpt(pretrained.load(str(source), V, False))
+    ours = gpt(init_from.load_weights(str(source), V, False))
     assert ours.config.bias == bias and ours.config.block_size == CONTEXT + 8
     assert ours.config.padded_vocab_size == 320
-    kept = pretrained.load(str(source), V, True)   # biases of zeros where they are in the file
+    kept = init_from.load_weights(str(source), V, True)   # zero biases in the file stay
     assert kept["model_args"]["bias"] == (bias or source.is_dir())
     x, y = torch.randint(V, (2, 4, CONTEXT))
     with torch.no_grad():
@@ -183,7 +183,7 @@ def test_an_exported_run_comes_back_bitwise(data, tmp_path):
     done = run("export.py", tmp_path / "run", f"--out={tmp_path}/exported")
     assert done.returncode == 0, done.stderr
     saved = checkpoint.load(checkpoint.list_checkpoints(tmp_path / "run")[0])
-    back = pretrained.load(str(tmp_path / "exported"), V, True)
+    back = init_from.load_weights(str(tmp_path / "exported"), V, True)
     assert asdict(GPTConfig(**back["model_args"])) == saved["model_args"]
     assert back["model"].keys() == saved["model"].keys()
     assert all(torch.equal(back["model"][name], saved["model"][name]) for name in saved["model"])
@@ -277,14 +277,14 @@ MISTAKES = {
     "damaged config": ("config.json", "", write("config.json", "{")),
     "config of another kind": ("config.json", "", write("config.json", "[1]")),
     "empty config": ("theirs n_layer=None", "", write("config.json", "{}")),
-    "missing shard": ("there no b.safetensors", "", write(
+    "missing shard": ("b.safetensors missing", "", write(
         "model.safetensors.index.json", '{"weight_map": {"wte": "../a/b.safetensors"}}')),
     "index of another kind": ("index.json", "", write("model.safetensors.index.json", "[]")),
     "checkpoint with code": ("ckpt.pt code", CKPT, ckpt(config=Payload())),
     "checkpoint without sizes": ("ckpt.pt n_head=None", CKPT, ckpt(model_args={"n_layer": 3})),
     "checkpoint without model_args": ("ckpt.pt model_args", CKPT, ckpt(model_args=None)),
-    "checkpoint without weights": ("ckpt.pt weights", CKPT, ckpt(model=[1])),
-    "weights that are no tensors": ("ckpt.pt weights", CKPT, ckpt(model={"wte.weight": 1})),
+    "checkpoint without weights": ("ckpt.pt dict tensors", CKPT, ckpt(model=[1])),
+    "weights that are no tensors": ("ckpt.pt dict tensors", CKPT, ckpt(model={"wte.weight": 1})),
     "pickle of another kind": ("ckpt.pt not train.py", CKPT,
                                lambda folder: torch.save({"a": 1}, folder / "ckpt.pt")),
 }

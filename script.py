@@ -1,0 +1,119 @@
+"""
+What every script shares: errors, how it starts and stops, files written whole or not at all.
+"""
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+
+ROOT = os.path.dirname(os.path.abspath(__file__))
+
+
+class UserError(Exception):
+    """A mistake that the user can fix. Shown as one line; exit code 2."""
+
+
+class RankError(UserError):
+    """A UserError that other ranks may not see. Every rank that raises it prints it; a plain
+    UserError is printed by rank 0 alone."""
+
+
+def run_script(main):
+    """
+    Run main(argv). A UserError becomes one line on stderr and exit code 2; Ctrl-C exits with 130.
+    Under torchrun each rank also writes its error to a file, for torchrun's summary.
+    """
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if error_file:
+        from torch.distributed.elastic.multiprocessing.errors import record
+        main = record(main)
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except UserError as error:
+        rank = int(os.environ.get("RANK", 0))
+        if rank == 0 or isinstance(error, RankError):
+            script = os.path.basename(sys.argv[0]) + f": rank {rank}" * (rank > 0)
+            print(f"{script}: error: {error}", file=sys.stderr, flush=True)
+        if error_file:   # replaces the traceback that record() wrote, in the same format
+            extra = {"timestamp": str(int(time.time()))}
+            with open(error_file, "w", encoding="utf-8") as file:
+                json.dump({"message": {"message": f"error: {error}", "extraInfo": extra}}, file)
+        sys.exit(2)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse with our errors, for scripts that have a few options of their own."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        raise UserError(f"{message}; see --help")
+
+
+class StopSignal:
+    """
+    SIGTERM, SIGINT, SIGUSR1 (Slurm's warning) and SIGHUP (the terminal closed) request a stop: the
+    loop polls `requested`. A second SIGINT interrupts at once. Under nohup SIGHUP is ignored.
+    """
+
+    def __init__(self):
+        self.name = None
+        # torchrun ignores nohup: it forwards SIGHUP and kills every rank that does not exit.
+        torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+        for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"):
+            number = getattr(signal, name, None)   # Windows lacks the last two
+            if number is None:
+                continue
+            ignored = name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
+            if torchrun or not ignored:
+                signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number, frame):
+        self.name = signal.Signals(number).name
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    @property
+    def requested(self):
+        return self.name is not None
+
+
+def write_atomically(path, write):
+    """
+    Call write(file) on a temporary file beside path, flush it to disk, then rename it to path.
+    Creates path's folder. On failure path is unchanged and UserError says why.
+    """
+    temporary = f"{path}.tmp"
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        directory = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+        os.fsync(directory)
+        os.close(directory)
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError):   # torch.save's does not mention a full disk
+            error = error.__context__ or error
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise UserError(f"cannot write {path}: {error}; the previous file is intact") from None
+
+
+def lock_file(descriptor, refusal):
+    """Lock an open file until it is closed or this process ends. Raises UserError(refusal) if
+    another process holds the lock."""
+    try:
+        import fcntl  # not on Windows
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(refusal) from None
+    except (ImportError, OSError):   # this file system has no locks (Lustre)
+        pass

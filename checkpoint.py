@@ -1,6 +1,6 @@
 """
-Checkpoints: ckpt_00001000.pt (of step 1,000) in a run directory. Written whole or not at all,
-verified before they are believed; the last two and the best are kept.
+Checkpoints: RUN/ckpt_00001000.pt holds step 1,000. Written atomically and verified when loaded; the
+last two and the best are kept.
 """
 import os
 import pickle
@@ -14,7 +14,7 @@ import torch
 from script import UserError, lock_file, write_atomically
 
 FORMAT_VERSION = 1
-KEEP = 2   # newest ones; the best is kept besides
+KEEP = 2   # latest checkpoints to keep, besides the best
 KEYS = ("model", "model_args", "optimizer", "step", "config", "tokenizer", "data")
 
 
@@ -23,7 +23,7 @@ def path_of(run_dir, step):
 
 
 def list_checkpoints(run_dir):
-    """Paths of a run's checkpoints, newest first."""
+    """Paths of a run's checkpoints, latest first."""
     names = os.listdir(run_dir) if os.path.isdir(run_dir) else []
     found = sorted((n for n in names if re.fullmatch(r"ckpt_\d{8,}\.pt", n)),
                    key=lambda n: int(n[5:-3]), reverse=True)
@@ -31,21 +31,21 @@ def list_checkpoints(run_dir):
 
 
 def check_unused(run_dir):
-    """Raise UserError if run_dir has checkpoints that a new run would replace."""
+    """Raise UserError if run_dir has checkpoints, which a new run would overwrite."""
     existing = list_checkpoints(run_dir)
     if existing:
-        raise UserError(f"{run_dir} holds a run already ({os.path.basename(existing[0])}); go on "
-                        f"with --init_from=resume, or choose another --out_dir")
+        raise UserError(f"{run_dir} holds a run already ({os.path.basename(existing[0])}); resume "
+                        f"it with --init_from=resume, or choose another --out_dir")
 
 
 def lock(run_dir):
     """
-    Make run_dir and claim it until this process ends, in whatever way. Raises UserError if another
-    process has claimed it.
+    Create run_dir and lock it until this process ends. Raises UserError if another process holds
+    the lock.
     """
-    with suppress(OSError):   # no writing: config.json will tell
+    with suppress(OSError):   # not writable: writing config.json will report it
         os.makedirs(run_dir, exist_ok=True)
-        # Never closed. A file in it, since NFS locks only what is open for writing.
+        # Never closed. NFS locks only files that are open for writing, hence a file.
         descriptor = os.open(os.path.join(run_dir, "lock"), os.O_RDWR | os.O_CREAT, 0o666)
         lock_file(descriptor, f"another process is training in {run_dir}; stop it first, or choose "
                           f"another --out_dir")
@@ -53,29 +53,29 @@ def lock(run_dir):
 
 def save(run_dir, payload, best_step):
     """
-    Write payload, a dict with KEYS, as the checkpoint of payload["step"], then delete the ones that
-    are no longer wanted. Returns its path; raises UserError if the disk refuses.
+    Write payload, a dict with KEYS, as the checkpoint of payload["step"], then delete old ones.
+    Returns its path. Raises UserError if the disk is full or not writable.
     """
     path = path_of(run_dir, payload["step"])
     write_atomically(path, lambda file: torch.save(dict(payload, version=FORMAT_VERSION), file))
     existing = list_checkpoints(run_dir)
-    # Newer ones are those that could not be loaded: they must not push out what can.
+    # Later checkpoints could not be loaded: they must not displace valid ones.
     unwanted = existing[existing.index(path) + KEEP:]
-    unwanted += map(str, Path(run_dir).glob("ckpt_*.pt.tmp"))   # of processes that were killed
+    unwanted += map(str, Path(run_dir).glob("ckpt_*.pt.tmp"))   # left by killed processes
     for old in unwanted:
         if old != path_of(run_dir, best_step):
-            with suppress(OSError):   # a file too many is no reason to stop
+            with suppress(OSError):   # an extra file does no harm
                 os.remove(old)
     return path
 
 
 def read(path):
     """
-    The dict that torch.save wrote, on the CPU, after its checksums have been verified. Nothing in
-    the file can run code (weights_only). Raises UserError for what is damaged or not a dict.
+    The dict that torch.save wrote, on the CPU, with verified checksums. Loading cannot run code
+    from the file (weights_only). Raises UserError if the file is damaged or holds no dict.
     """
     try:
-        with zipfile.ZipFile(path) as archive:   # torch.load itself does not compare checksums
+        with zipfile.ZipFile(path) as archive:   # torch.load does not verify checksums
             damaged = archive.testzip()
         if damaged is not None:
             raise UserError(f"{path} is damaged: bad checksum in {damaged}")
@@ -85,9 +85,9 @@ def read(path):
     except OSError as error:
         raise UserError(f"cannot read checkpoint {path}: {error.strerror}") from None
     except pickle.UnpicklingError:
-        raise UserError(f"{path} is refused: it holds more than tensors and plain values, and "
+        raise UserError(f"{path} is refused: it holds more than tensors and plain values, so "
                         f"loading it could run code") from None
-    except Exception as error:   # what a damaged archive raises depends on the damaged byte
+    except Exception as error:   # the exception depends on the damaged byte
         raise UserError(f"{path} is damaged or not a checkpoint "
                         f"({type(error).__name__})") from None
     if not isinstance(payload, dict):
@@ -96,7 +96,7 @@ def read(path):
 
 
 def check(payload, path):
-    """Raise UserError unless payload, read from path, is a whole checkpoint of ours."""
+    """Raise UserError unless payload, read from path, is a checkpoint of train.py."""
     if any(key not in payload for key in KEYS):
         raise UserError(f"{path} is not a checkpoint of train.py")
     if payload.get("version") != FORMAT_VERSION:
@@ -105,7 +105,7 @@ def check(payload, path):
 
 
 def load(path):
-    """A checkpoint of ours as a dict with KEYS. Raises UserError if path is not one."""
+    """A checkpoint of train.py: a dict with KEYS. Raises UserError."""
     payload = read(path)
     check(payload, path)
     return payload
@@ -113,8 +113,8 @@ def load(path):
 
 def find_latest(run_dir):
     """
-    (path, problems): the newest checkpoint that can be loaded, and a line for each newer one that
-    cannot. (None, []) if there are no checkpoints; UserError if there are only bad ones.
+    (path, problems): the latest checkpoint that can be loaded, and one line for each later one that
+    cannot. (None, []) if there are no checkpoints. Raises UserError if all are damaged.
     """
     problems = []
     for path in list_checkpoints(run_dir):

@@ -1,10 +1,10 @@
 """
-Settings: the one list of knobs, and how config files and --key=value fill it.
+Settings: the one list of knobs, and how config files and --key=value set them.
 
-    python train.py config/a.py --learning_rate=3e-4 config/b.py     # in order, later wins
+    python train.py config/a.py --learning_rate=3e-4 config/b.py     # later words win
 
-A config file is plain Python assignments, run in a namespace of its own: it is your own code, run
-as such. --key=value never evaluates anything.
+A config file is Python assignments, executed in a namespace of its own. --key=value is parsed and
+never executed.
 """
 import dataclasses
 import difflib
@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 
 from script import ROOT, UserError
 
-# Published settings that depend on the optimizer but not on the size of the model. A None in
-# TrainConfig stands for these. AdamW and SophiaG: arXiv 2305.14342; Lion: arXiv 2302.06675, with a
-# weight decay that keeps lr * weight_decay equal to AdamW's for GPT-2 small.
+# Published settings of each optimizer, for all model sizes; they replace None in TrainConfig. AdamW
+# and SophiaG: arXiv 2305.14342. Lion: arXiv 2302.06675; its weight decay makes lr * weight_decay
+# equal to AdamW's for GPT-2 small.
 OPTIMIZER_DEFAULTS = {
     "sophiag": dict(beta1=0.965, beta2=0.99, weight_decay=0.2),
     "adamw": dict(beta1=0.9, beta2=0.95, weight_decay=0.1),
@@ -37,21 +37,22 @@ def knob(default, meaning):
 class TrainConfig:
     # run
     out_dir: str = knob("out", "run directory: config.json, metrics.jsonl, checkpoints, wandb/")
-    init_from: str = knob("scratch", "scratch | resume | auto (either) | weights to finetune: a "
-                          "run, checkpoint, nanoGPT's too, Hugging Face folder, gpt2[-medium...]")
-    seed: int = knob(1337, "initial weights, order of the data, label noise and dropout")
+    init_from: str = knob("scratch", "scratch | resume | auto (resume if possible) | weights to "
+                          "finetune: a run, a checkpoint (nanoGPT's too), a Hugging Face folder, "
+                          "gpt2[-medium|-large|-xl]")
+    seed: int = knob(1337, "seeds initial weights, data order, label noise and dropout")
     eval_interval: int = knob(1000, "steps between evaluations, each followed by a checkpoint")
-    eval_iters: int = knob(10, "evaluation batches, of total_batch_size sequences; 0: all of val")
+    eval_iters: int = knob(10, "evaluation batches of total_batch_size sequences; 0: all of val")
     eval_only: bool = knob(False, "evaluate once and stop")
     log_interval: int = knob(10, "steps between log lines")
-    sample_tokens: int = knob(0, "tokens of sample text at each evaluation; 0: none")
-    wandb_log: bool = knob(False, "log to Weights & Biases as well")
+    sample_tokens: int = knob(0, "tokens of text to sample at each evaluation; 0: none")
+    wandb_log: bool = knob(False, "also log to Weights & Biases")
     wandb_project: str = knob("sophia-gpt2", "wandb project")
     wandb_run_name: str | None = knob(None, "wandb run name (default: the name of out_dir)")
     # data
-    dataset: str = knob("openwebtext", "a folder under data/, or the path of one elsewhere")
+    dataset: str = knob("openwebtext", "a folder under data/, or a path")
     batch_size: int = knob(12, "sequences in one micro-batch on one rank")
-    total_batch_size: int = knob(480, "sequences behind one update, over all ranks")
+    total_batch_size: int = knob(480, "sequences per update, over all ranks")
     # model
     block_size: int = knob(1024, "context length in tokens")
     n_layer: int = knob(12, "layers")
@@ -66,15 +67,15 @@ class TrainConfig:
     min_lr: float | None = knob(None, "final learning rate (default: learning_rate / 10)")
     max_iters: int = knob(100_000, "steps")
     warmup_iters: int = knob(2000, "steps of linear warmup")
-    lr_decay_iters: int | None = knob(None, "step at which min_lr is reached (default: max_iters)")
+    lr_decay_iters: int | None = knob(None, "step that reaches min_lr (default: max_iters)")
     decay_lr: bool = knob(True, "cosine decay; False: constant after warmup")
-    weight_decay: float | None = knob(None, "decoupled, on Linear weights (default: 0.2 sophiag, "
-                                      "0.1 adamw, 0.6 lion)")
+    weight_decay: float | None = knob(None, "decoupled, on Linear weights only (default: 0.2 "
+                                      "sophiag, 0.1 adamw, 0.6 lion)")
     beta1: float | None = knob(None, "default: 0.965 sophiag, 0.9 adamw, 0.95 lion")
     beta2: float | None = knob(None, "default: 0.99 sophiag, 0.95 adamw, 0.98 lion")
-    grad_clip: float = knob(1.0, "largest gradient norm; 0: no clipping")
-    rho: float = knob(0.05, "sophiag: clipping threshold; larger means larger win_rate")
-    target_win_rate: float = knob(0.0, "sophiag: steer rho to this win_rate; 0: rho stays")
+    grad_clip: float = knob(1.0, "maximum gradient norm; 0: no clipping")
+    rho: float = knob(0.05, "sophiag: clipping threshold; a larger rho gives a larger win_rate")
+    target_win_rate: float = knob(0.0, "sophiag: adapt rho to reach this win_rate; 0: fixed rho")
     hessian_estimator: str = knob("gnb", "sophiag: gnb | hutchinson (Sophia-H; rho 0.01 in the "
                                   "paper) | empirical_fisher")
     hessian_interval: int = knob(10, "sophiag: steps between Hessian estimates, k")
@@ -85,7 +86,7 @@ class TrainConfig:
     device: str = knob("auto", "auto | cuda | mps | cpu")
     dtype: str = knob("auto", "auto | float32 | bfloat16 | float16 (with a GradScaler)")
     compile: str = knob("auto", "auto | True | False: torch.compile")
-    deterministic: bool = knob(False, "CUDA: kernels that repeat bit for bit, slower")
+    deterministic: bool = knob(False, "CUDA: deterministic kernels, slower")
     backend: str = knob("auto", "torch.distributed backend: auto | nccl | gloo")
 
     @property
@@ -94,12 +95,12 @@ class TrainConfig:
 
     @property
     def hessian_tokens(self):
-        """B of the paper, where gradients are squared: labels behind one Hessian estimate."""
+        """B in the paper, for estimators that square gradients: labels per Hessian estimate."""
         return self.hessian_batch_size * self.block_size
 
     @property
     def squares_gradient(self):
-        """Whether h averages squares of a gradient or estimates of the Hessian diagonal itself."""
+        """Whether h averages squared gradients, or direct estimates of the Hessian diagonal."""
         return self.hessian_estimator != "hutchinson"
 
     @property
@@ -109,7 +110,7 @@ class TrainConfig:
 
     @property
     def group(self):
-        """wandb group: what runs must share to be worth overlaying."""
+        """wandb group: runs of the same data and model shape."""
         name = os.path.basename(os.path.normpath(self.dataset))
         return f"{name}-{self.n_layer}x{self.n_embd}-{self.block_size}"
 
@@ -119,7 +120,7 @@ TYPES = typing.get_type_hints(TrainConfig)
 
 
 def _allowed(name):
-    """Types that a knob takes, e.g. (float, NoneType)."""
+    """Types that a knob accepts, e.g. (float, NoneType)."""
     return typing.get_args(TYPES[name]) or (TYPES[name],)
 
 
@@ -135,7 +136,7 @@ def _check_known(name, where):
 
 
 def _checked(name, value, where):
-    """value, as the type of the knob; an int is fine for a float, True for compile='True'."""
+    """value as the knob's type. An int is accepted for a float, and a bool for compile."""
     allowed = _allowed(name)
     if name == "compile" and isinstance(value, bool):
         return str(value)
@@ -149,7 +150,7 @@ def _checked(name, value, where):
 
 
 def _parsed(name, text, where):
-    """The value of --name=text. Nothing is evaluated."""
+    """The value of --name=text."""
     allowed = _allowed(name)
     if types.NoneType in allowed and text in ("None", "none"):
         return None
@@ -167,17 +168,17 @@ def _parsed(name, text, where):
 
 
 def _read_file(path):
-    """The settings that a config file assigns."""
+    """The settings that a config file assigns, by name. Raises UserError."""
     try:
         with open(path, encoding="utf-8") as file:
             source = file.read()
-    except (OSError, ValueError) as error:   # ValueError: of the name, or not UTF-8
+    except (OSError, ValueError) as error:   # ValueError: a bad path, or not UTF-8
         reason = getattr(error, "strerror", None) or "not a UTF-8 text file"
         raise UserError(f"cannot read config file {path!r}: {reason}") from None
     namespace = {"__file__": path}
     try:
         exec(compile(source, path, "exec"), namespace)
-    except (Exception, SystemExit) as error:   # the user's own code can raise anything
+    except (Exception, SystemExit) as error:   # a config file can raise anything
         line = getattr(error, "lineno", None)
         trace = error.__traceback__
         while trace is not None:
@@ -196,8 +197,8 @@ def _read_file(path):
 
 
 def help_text():
-    """The table of knobs, for a terminal of 100 columns."""
-    lines = ["python train.py [config/file.py ...] [--key=value ...]   (in order, later wins)", ""]
+    """The table of knobs, 100 columns wide."""
+    lines = ["python train.py [config/file.py ...] [--key=value ...]   (later words win)", ""]
     for name, f in FIELDS.items():
         default = "" if f.default is None else f.default
         lines += textwrap.wrap(f.metadata["meaning"], width=100, subsequent_indent=" " * 45,
@@ -207,9 +208,9 @@ def help_text():
 
 def load_config(argv, world_size=1):
     """
-    TrainConfig from command-line words: config files and --key=value, in order, later wins.
-    world_size: ranks that share total_batch_size. Raises UserError before anything is allocated;
-    --help prints the knobs and leaves.
+    TrainConfig from command-line words: config files and --key=value; later words win. world_size:
+    ranks that share total_batch_size. Raises UserError before anything is allocated. --help prints
+    the knobs and exits.
     """
     settings = {}
     for word in argv:
@@ -228,7 +229,7 @@ def load_config(argv, world_size=1):
 
 
 def resolve(cfg, world_size=1):
-    """Fill in what depends on other settings and reject what cannot work."""
+    """Fill in defaults that depend on other settings, and reject impossible combinations."""
     choices = dict(optimizer=tuple(OPTIMIZER_DEFAULTS), device=("auto", "cuda", "mps", "cpu"),
                    hessian_estimator=("gnb", "hutchinson", "empirical_fisher"),
                    dtype=("auto", "float32", "bfloat16", "float16"),

@@ -17,8 +17,8 @@ from optim import STATE_TENSORS
 from script import RankError, UserError
 
 # Dense bfloat16/float16 tensor-core peaks in FLOP/s, with float32 accumulation. Keys are regular
-# expressions for CUDA's name of the card. Most data sheets print the peak with sparsity, which is
-# twice the dense one.
+# expressions for the card's name in CUDA. Most data sheets print the peak with sparsity, which is
+# twice as high.
 PEAK_FLOPS = {
     "GB200": 2500e12,                                   # GB200 NVL72 data sheet
     "B200": 2250e12,                                    # Blackwell data sheet, HGX B200
@@ -101,7 +101,7 @@ def use_deterministic_kernels():
 
 
 def peak_flops(device, dtype):
-    """Peak FLOP/s of the device in dtype. Where a GPU's is not known: None, and one line why."""
+    """Peak FLOP/s of a GPU in dtype. None, after a line that says why, if it is not known."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -118,19 +118,19 @@ def peak_flops(device, dtype):
 
 def memory_estimate(cfg, model, dtype, compiled):
     """
-    Bytes that PyTorch allocates on one rank at the peak of a step, by part: {name: bytes}. With P
-    parameters, E of them in the token embedding, width C, L layers, N = batch_size x block_size
-    tokens in a micro-batch and s bytes in a number of dtype:
-        weights      4 P, and s P for their copies where dtype is not float32
+    {part: bytes} that PyTorch allocates on one rank at the peak of a step. With P parameters, E of
+    them in the token embedding, width C, L layers, N = batch_size x block_size tokens per
+    micro-batch and s bytes per number of dtype:
+        weights      4 P, plus s P for their copies if dtype is not float32
         gradients    4 P
-        state        4 P for each tensor that the optimizer keeps
-        activations  N L C (14 s + 8): in each layer the float32 inputs of two LayerNorms; the
-                     inputs of four matmuls (7 C), q, k, v (3 C) and the input of GELU (4 C)
+        state        4 P per tensor of optimizer state
+        activations  N L C (14 s + 8): per layer the float32 inputs of two LayerNorms, the inputs of
+                     four matmuls (7 C), q, k, v (3 C) and the input of GELU (4 C)
         head         4 E for its weight's gradient, and the float32 logits of a chunk, 3 times
-                     compiled and 6 times eager
-    The peak is at the head of any micro-batch but the first, when all of these exist. An update
-    that is not compiled exceeds it in a model of few layers. So does a Hutchinson pass in any.
-    What CUDA, NCCL and fragmentation take comes on top.
+                     if compiled and 6 times if eager
+    All exist at the head of each micro-batch but the first. The true peak is higher for an eager
+    update of a model with few layers, and for Hutchinson's estimator. CUDA, NCCL and fragmentation
+    add to it.
     """
     bytes_each = dtype.itemsize
     parameters, head = model.num_params(), model.lm_head.weight

@@ -1,11 +1,11 @@
 """
-Lion: evolved sign momentum (Chen et al., arXiv 2302.06675, Algorithm 2). It shares the fused step
-of sophia.py.
+Lion: evolved sign momentum (Chen et al., arXiv 2302.06675, Algorithm 2). The fused step is that of
+sophia.py.
 """
 import torch
 from torch.optim import Optimizer
 
-from sophia import apply, has_triton, in_memory_order
+from sophia import apply_rule, has_triton, match_strides
 
 
 def lion(theta, g, m, *, lr, beta1, beta2, decay, skip=None):
@@ -15,8 +15,8 @@ def lion(theta, g, m, *, lr, beta1, beta2, decay, skip=None):
         theta <- theta - lr (sign(beta1 m + (1 - beta1) g) + lambda theta)
         m     <- beta2 m + (1 - beta2) g
 
-    decay is 1 - lr lambda. Settings are floats or 0-dim tensors. Where skip is 1, m stays, and
-    theta too if lr is 0 and decay 1.
+    decay is 1 - lr lambda. Settings are floats or 0-dim tensors. If skip is 1, m does not change;
+    theta does not either if lr is 0 and decay 1.
     """
     difference = (g if skip is None else torch.where(skip > 0, m, g)) - m
     theta.mul_(decay).sub_((m + difference * (1 - beta1)).sign_().mul_(lr))
@@ -27,19 +27,19 @@ class Lion(Optimizer):
     """
     Args:
         params: parameters or parameter groups.
-        lr (float or Tensor): learning rate; every coordinate moves by exactly lr in each step,
-            weight decay aside. The paper advises 3-10 times less than AdamW's.
+        lr (float or Tensor): learning rate; every coordinate moves by exactly lr per step, apart
+            from weight decay. The paper advises 3-10 times less than AdamW's.
         betas: weights of the interpolation and of the momentum. The paper uses (0.95, 0.98) for
             language models.
-        weight_decay: decoupled; the paper advises 3-10 times AdamW's, so that lr * weight_decay
-            stays.
+        weight_decay: decoupled. The paper advises 3-10 times AdamW's, which keeps
+            lr * weight_decay the same.
         maximize: ascend instead of descend.
-        fused: True runs each update as one pass over memory, compiled by torch.compile in seconds,
-            once for all sizes; None does so on CUDA where Triton is installed; False never.
+        fused: True compiles each update to one pass over memory; torch.compile takes seconds, once
+            for all sizes. None does so on CUDA if Triton is installed. False never does.
 
-    State of a parameter: `exp_avg`. Nothing waits for the device, so a step can be captured in a
-    CUDA graph as it is. As with torch.optim's fused optimizers, where an attribute `found_inf`, a
-    0-dim float tensor, is 1, `step` changes nothing.
+    State of a parameter: `exp_avg`. A step does not wait for the device, so a CUDA graph can
+    capture it. As with torch.optim's fused optimizers, `step` changes nothing if the attribute
+    `found_inf`, a 0-dim float tensor, is 1.
     """
 
     found_inf = None
@@ -60,7 +60,7 @@ class Lion(Optimizer):
         super().__setstate__(state)
         for group in self.param_groups:
             group.setdefault("maximize", False)
-            group["fused"] = self.defaults.get("fused")   # belongs to the machine, not the run
+            group["fused"] = self.defaults.get("fused")   # depends on the machine, not the run
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -77,7 +77,7 @@ class Lion(Optimizer):
                 raise RuntimeError("Lion does not support sparse gradients")
             if any(torch.is_complex(p) for p in params):
                 raise RuntimeError("Lion does not support complex parameters")
-            grads = [in_memory_order(p.grad, p) for p in params]
+            grads = [match_strides(p.grad, p) for p in params]
             if group["maximize"]:
                 grads = torch._foreach_neg(grads)
             for p in params:
@@ -91,6 +91,6 @@ class Lion(Optimizer):
             lr, skip = group["lr"], {}
             if self.found_inf is not None:
                 lr, skip = lr * (1 - self.found_inf), {"skip": self.found_inf}
-            apply(lion, fused, params, grads, exp_avgs, lr=lr, beta1=beta1, beta2=beta2,
-                  decay=1 - lr * group["weight_decay"], **skip)
+            apply_rule(lion, fused, params, grads, exp_avgs, lr=lr, beta1=beta1, beta2=beta2,
+                       decay=1 - lr * group["weight_decay"], **skip)
         return loss

@@ -1,6 +1,6 @@
 """
-Metrics: one record -> a console line, a line of metrics.jsonl, wandb. Also what accumulates between
-two log lines: clipped steps, time, the first step that was not finite.
+Metrics: each record goes to the console, to metrics.jsonl and to wandb. Between two log lines this
+counts clipped and skipped steps on the device, and training time.
 """
 import json
 import math
@@ -16,15 +16,15 @@ import ddp
 from configurator import to_json
 from script import ROOT, UserError, write_atomically
 
-WIN_RATES, ADVISE_AFTER = (0.05, 0.9), 20   # outside for so many log lines, rho is wrong
-MAX_SKIPPED = 20   # in a row: a GradScaler that begins at 2**16 has found its scale by then
-# Kept on the device: clipped steps and largest loss since the last log line; skipped updates of the
+WIN_RATES, ADVISE_AFTER = (0.05, 0.9), 20   # advise on rho after 20 log lines outside this range
+MAX_SKIPPED = 20   # in a row. A GradScaler that starts at 2**16 finds its scale sooner
+# On the device: clipped steps and maximum loss since the last log line; skipped updates of the
 # whole run; skipped steps in a row.
 COUNTS = ("clipped", "loss_max", "skipped", "in_a_row")
 
 
 def git_commit():
-    """The commit of this code, '-dirty' if it was changed since, or None outside a repository."""
+    """This code's commit, with '-dirty' after uncommitted changes; None outside a repository."""
     try:
         words = ["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=40"]
         return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
@@ -34,8 +34,8 @@ def git_commit():
 
 class Metrics:
     """
-    Lives on every rank, since finiteness and clipping are counted on each device; only rank 0
-    writes. state: what state_dict() gave at the step the run resumes from, else None.
+    Every rank has one, which counts on its own device. Rank 0 alone writes. state: the state_dict()
+    of the checkpoint that the run resumes from, or None.
     """
 
     def __init__(self, cfg, world, flops_per_token, peak, state=None, step=0):
@@ -45,19 +45,19 @@ class Metrics:
         for name in COUNTS:
             setattr(self, name, torch.tensor(float(state[name]), device=world.device))
         self.stuck_at = torch.zeros((), device=world.device)
-        self.seconds = state["seconds"]       # in training steps, over all starts of the run
+        self.seconds = state["seconds"]       # spent in training steps, over all restarts
         self.wandb_id = state["wandb_id"]
         self.started_at = None
         self.logged = (step, self.seconds)    # at the last log line
         self.first = self.logged              # when this process started
-        self.unhealthy = 0                    # log lines in a row, see WIN_RATES
+        self.unhealthy = 0                    # log lines in a row outside WIN_RATES
         self.file = self.wandb = None
         if world.is_rank0 and not cfg.eval_only:
             self._open(step)
 
     def _open(self, step):
         path = os.path.join(self.cfg.out_dir, "metrics.jsonl")
-        # Records after the checkpoint that a run resumes from will be made again.
+        # A resumed run logs the steps after its checkpoint again.
         old = [r for r in read_metrics(path) if r["iter"] <= step] if step else []
         self.samples = [[r["iter"], r["sample"]] for r in old if "sample" in r]
         kept = "".join(json.dumps(r) + "\n" for r in old)
@@ -71,7 +71,7 @@ class Metrics:
 
     def _open_wandb(self):
         try:
-            import wandb  # only when asked for: importing it takes a second
+            import wandb  # slow to import
         except ImportError:
             raise UserError("wandb_log=True needs the package wandb: pip install wandb") from None
         settings = dict(
@@ -86,22 +86,21 @@ class Metrics:
                        f"{self.cfg.out_dir}/wandb/offline-run-*")
             self.wandb = wandb.init(**settings, mode="offline")
         self.wandb_id = self.wandb.id
-        # A resumed run repeats the steps after its checkpoint, which wandb's own counter would
-        # refuse: charts are against iter, or any other of these.
+        # wandb's own step counter rejects steps that a resumed run logs again, so charts use these.
         for name in ("iter", "tokens", "flops", "hours"):
             self.wandb.define_metric(name)
         self.wandb.define_metric("*", step_metric="iter")
         self.wandb.define_metric("val/loss", step_metric="iter", summary="min")
 
     def state_dict(self):
-        """What a checkpoint keeps. The records before it are on the disk when this returns."""
+        """State for a checkpoint. All records so far are on disk when this returns."""
         if self.file:
             self._append("", to_disk=True)
         counts = {name: ddp.all_reduce_max(float(getattr(self, name))) for name in COUNTS}
         return {**counts, "seconds": self.seconds, "wandb_id": self.wandb_id}
 
     def start_clock(self):
-        """Count the time from now on as training; does nothing while it already is."""
+        """Start counting training time, unless the clock already runs."""
         self.started_at = self.started_at or time.perf_counter()
 
     def stop_clock(self):
@@ -123,7 +122,7 @@ class Metrics:
         self.skipped += skipped
 
     def check_skipped(self):
-        """Raise UserError on every rank if too many updates in a row were skipped. Waits for the
+        """Raise UserError on every rank after MAX_SKIPPED skipped steps in a row. Waits for the
         device."""
         step = ddp.all_reduce_max(int(self.stuck_at))
         if step:
@@ -138,8 +137,8 @@ class Metrics:
                         f"seed")
 
     def log_step(self, step, loss, lr, grad_norm, statistics):
-        """Record a training step. loss: this rank's mean, 0-dim; statistics: 0-dim tensors by name.
-        Every rank calls this; it is the loop's only wait for the device."""
+        """Log a training step; every rank calls this. loss: this rank's mean, 0-dim; statistics:
+        {name: 0-dim tensor}. The only place in the loop that waits for the device."""
         self.check_skipped()
         tensors = {"train/loss": ddp.all_reduce_mean(loss), "grad_norm": grad_norm,
                    "train/clip_rate": self.clipped / self.cfg.log_interval,
@@ -172,21 +171,21 @@ class Metrics:
     def _advise(self, step, win_rate):
         low, high = WIN_RATES
         healthy = (win_rate is None or low <= win_rate <= high or step <= self.cfg.warmup_iters
-                   or self.cfg.target_win_rate > 0)   # rho is looked after
+                   or self.cfg.target_win_rate > 0)   # rho adapts
         self.unhealthy = 0 if healthy else self.unhealthy + 1
         if self.unhealthy == ADVISE_AFTER:
             how = f"below {low}: raise" if win_rate < low else f"above {high}: lower"
             ddp.print0(f"win_rate has been {how} rho, which is {self.cfg.rho}, in the next run")
 
     def log_eval(self, step, val_loss, stderr):
-        """Record an evaluation."""
+        """Log an evaluation."""
         if not math.isfinite(val_loss):
             self._give_up(f"validation loss is {val_loss} at step {step}")
         self._write(step, {"val/loss": val_loss, "val/loss_stderr": stderr},
                     f"step {step}/{self.cfg.max_iters} | val loss {val_loss:.4f} +- {stderr:.4f}")
 
     def log_sample(self, step, text):
-        """Record sample text; only rank 0 has it."""
+        """Log sample text, on rank 0 only."""
         self._write(step, {"sample": text},
                     f"step {step}/{self.cfg.max_iters} | sample {text[:60]!r}")
 
@@ -199,7 +198,7 @@ class Metrics:
         tokens = step * self.cfg.tokens_per_step
         record = {"iter": step, "tokens": tokens, "flops": tokens * self.flops_per_token,
                   "seconds": round(self.seconds, 3), "hours": self.seconds / 3600, **record}
-        # JSON has no nan: what a skipped step leaves is left out.
+        # A skipped step has nan values, which JSON does not allow.
         record = {k: v for k, v in record.items() if isinstance(v, str) or math.isfinite(v)}
         self._append(json.dumps(record) + "\n")
         if self.wandb:
@@ -216,7 +215,7 @@ class Metrics:
             if to_disk:
                 os.fsync(self.file.fileno())
         except OSError as error:
-            path, self.file = self.file.name, None   # to close it would be to try again
+            path, self.file = self.file.name, None   # closing it would write again
             raise UserError(f"cannot write {path}: {error.strerror}; checkpoints are "
                             f"intact") from None
 
@@ -231,7 +230,7 @@ class Metrics:
 
 
 def read_metrics(path):
-    """Records of a metrics.jsonl. A last line that a crash left half-written is passed over."""
+    """Records of a metrics.jsonl. Ignores an incomplete last line, which a crash can leave."""
     if not os.path.exists(path):
         return []
     records = []

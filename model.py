@@ -1,6 +1,6 @@
 """
-GPT-2: pre-LayerNorm, learned positions, tanh-GELU, head tied to the token embedding. Parameters
-have nanoGPT's names.
+GPT-2: pre-LayerNorm, learned positions, tanh GELU, head tied to the token embedding. Parameter
+names are nanoGPT's.
 """
 import math
 from dataclasses import asdict, dataclass
@@ -23,7 +23,7 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = False
     scale_attn_by_inverse_layer_idx: bool = True
-    vocab_multiple: int = 64   # the embedding is padded to one: full tensor-core tiles. 1: not
+    vocab_multiple: int = 64   # pads the embedding, for full tensor-core tiles; 1: no padding
 
     @property
     def padded_vocab_size(self):
@@ -37,14 +37,14 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.n_head = config.n_head
         self.dropout = config.dropout
-        # A tensor: a float that differs by layer would compile a graph for each layer.
+        # A tensor, since torch.compile would make one graph per layer for different floats.
         scale = torch.tensor(1 / (layer_idx + 1))
         self.register_buffer("scale", scale if config.scale_attn_by_inverse_layer_idx else None,
                              persistent=False)
 
     def forward(self, x, cache=None, start=0):                                   # (B, T, C)
-        """cache: keys and values (2, B, nh, positions, hs) of the `start` positions before x, to
-        which those of x are added."""
+        """cache: keys and values (2, B, nh, positions, hs) of the first `start` positions; those
+        of x are added."""
         B, T, C = x.shape
         q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
                    for t in self.c_attn(x).split(C, dim=2))                      # (B, nh, T, hs)
@@ -114,12 +114,12 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None, label_noise=None):
         """
-        idx: (B, T) int64. Returns, by what else is given,
-          nothing:                       logits (B, T, vocab_size);
-          targets (B, T) int64:          mean cross-entropy, 0-dim;
-          label_noise (B, T) in [0, 1):  mean cross-entropy against labels drawn from the model's
-                                         own softmax, 0-dim: the loss whose gradient the
-                                         Gauss-Newton-Bartlett estimator squares.
+        idx: (B, T) int64. Returns
+          without targets and label_noise:    logits (B, T, vocab_size);
+          with targets (B, T) int64:          mean cross-entropy, 0-dim;
+          with label_noise (B, T) in [0, 1):  mean cross-entropy, 0-dim, against labels sampled from
+                                              the model's own softmax. The Gauss-Newton-Bartlett
+                                              estimator squares the gradient of this loss.
         """
         if targets is None and label_noise is None:
             return F.linear(self._hidden(idx), self.lm_head.weight)[..., :self.config.vocab_size]
@@ -128,23 +128,22 @@ class GPT(nn.Module):
                                    for t in (targets, label_noise)))
 
     def head_loss(self, h, targets=None, label_noise=None):
-        """The loss of hidden states h (N, C) against targets (N,) or drawn labels; see HeadLoss."""
+        """Loss of hidden states h (N, C) against targets (N,) or sampled labels; see HeadLoss."""
         return HeadLoss.apply(h, self.lm_head.weight, targets, label_noise, self.config.vocab_size,
                               self._loss_and_gradient)
 
     def compile_for_training(self):
         """
-        Compile a block and the head's work on a chunk of logits. All blocks and both losses share
-        one graph, so that compile time does not grow with depth, and gradients arrive block by
-        block, so that DDP exchanges them during the backward pass. Evaluation and sampling, with
-        their many shapes, stay eager.
+        Compile a block, and the loss of a chunk of logits. All blocks share one graph, so compile
+        time does not grow with depth. Gradients arrive block by block, so DDP's all-reduce overlaps
+        the backward pass. Evaluation and sampling stay eager, because they have many shapes.
         """
-        torch._dynamo.config.optimize_ddp = False   # it would split the blocks' graph by buckets
+        torch._dynamo.config.optimize_ddp = False   # it would split blocks at DDP's buckets
         self._apply_block = torch.compile(apply_block, dynamic=False)
         self._loss_and_gradient = torch.compile(loss_and_gradient, dynamic=False)
 
     def token_losses(self, idx, targets):
-        """(B, T) float32 cross-entropy of each token, for evaluation and second derivatives."""
+        """Cross-entropy of each token, (B, T) float32, for evaluation and second derivatives."""
         h = self._hidden(idx).flatten(0, 1)
         rows = rows_per_chunk(h, self.config.padded_vocab_size)
         losses = [F.cross_entropy(F.linear(h_i, self.lm_head.weight)[:, :self.config.vocab_size]
@@ -154,13 +153,13 @@ class GPT(nn.Module):
 
     def directional_derivative(self, idx, targets, direction):
         """
-        Inner product, 0-dim, of the gradient of the mean cross-entropy and `direction`, a tensor
-        for each parameter. Its own gradient is the Hessian times direction. Flash attention and
-        HeadLoss cannot be differentiated twice: attention scores and logits are stored here.
+        Inner product, 0-dim, of the mean cross-entropy's gradient and `direction`, one tensor per
+        parameter. Its gradient is the Hessian times direction. This stores attention scores and
+        logits, since flash attention and HeadLoss have no second derivative.
         """
         with sdpa_kernel(SDPBackend.MATH):
             losses = self.token_losses(idx, targets)
-        # Of the sum: in float16 those of the mean would underflow.
+        # Gradients of the sum: those of the mean underflow in float16.
         with torch.autocast(idx.device.type, enabled=False):
             gradients = torch.autograd.grad(losses.sum(), list(self.parameters()),
                                             create_graph=True)
@@ -168,7 +167,7 @@ class GPT(nn.Module):
             return sum(products) / losses.numel()
 
     def _hidden(self, idx, caches=None, start=0, apply_block=apply_block):       # (B, T, C)
-        """Where there are caches, idx is one token at position `start`, or start is 0."""
+        """With caches, idx is one token at position `start`, or start is 0."""
         positions = torch.arange(start, start + idx.shape[1], device=idx.device)
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)
         x = F.dropout(x, self.config.dropout, self.training)
@@ -181,11 +180,10 @@ class GPT(nn.Module):
                generator=None):
         """
         Continue idx (B, T) int64: yields the next tokens (B,), up to max_new_tokens times, until
-        every row has met eot_id; a row that meets it earlier repeats it. temperature 0 is greedy;
-        top_k and top_p limit the choice to the k likeliest tokens and to the likeliest that make up
-        probability p. Keys and values are cached until the context is full; from there on the
-        context slides and each token takes a forward pass over all of it, since learned positions
-        change under a cache.
+        every row has produced eot_id. A row that produces it earlier repeats it. temperature 0 is
+        greedy. top_k and top_p keep the k most likely tokens and the most likely ones that make up
+        probability p. Keys and values are cached until the context is full. Then the context slides
+        and each token needs a full forward pass, since all learned positions change.
         """
         c = self.config
         length = min(idx.shape[1] + max_new_tokens, c.block_size)
@@ -200,7 +198,7 @@ class GPT(nn.Module):
             else:
                 h = self._hidden(idx[:, -c.block_size:])
             logits = F.linear(h[:, -1], self.lm_head.weight)[:, :c.vocab_size].float()
-            new = choose(logits, temperature, top_k, top_p, generator)
+            new = sample_next(logits, temperature, top_k, top_p, generator)
             if eot_id is not None:
                 new = new.masked_fill(done, eot_id)
                 done |= new == eot_id
@@ -210,12 +208,12 @@ class GPT(nn.Module):
             idx = torch.cat((idx, new[:, None]), dim=1)
 
     def generate(self, idx, max_new_tokens, **options):
-        """idx and what `stream` yields, (B, T + new tokens)."""
+        """idx followed by the tokens of `stream`, (B, T + new tokens)."""
         new = list(self.stream(idx, max_new_tokens, **options))
         return torch.cat((idx, torch.stack(new, dim=1)), dim=1)
 
     def crop_block_size(self, block_size):
-        """Shorten the context, e.g. of a pretrained model; only the position table changes."""
+        """Shorten the context, e.g. of a pretrained model. Only the position embedding changes."""
         if block_size > self.config.block_size:
             raise UserError(f"block_size={block_size} is longer than the model's "
                             f"{self.config.block_size}")
@@ -225,22 +223,22 @@ class GPT(nn.Module):
         wpe.num_embeddings = block_size
 
     def num_params(self):
-        """Parameters, the tied head counted once."""
+        """Number of parameters; the tied head counts once."""
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self):
         """
-        Floating point operations of forward and backward per token, as PaLM (arXiv 2204.02311,
-        appendix B) and nanoGPT count: 6 per parameter, position table aside, and 12 L C T for
-        attention, causal or not.
+        Floating point operations per token, forward and backward, counted as in PaLM (arXiv
+        2204.02311, appendix B) and nanoGPT: 6 per parameter, without the position embedding, and
+        12 L C T for attention, causal or not.
         """
         c = self.config
         weights = self.num_params() - self.transformer.wpe.weight.numel()
         return 6 * weights + 12 * c.n_layer * c.n_embd * c.block_size
 
 
-def choose(logits, temperature, top_k, top_p, generator):
-    """A token for each row of logits (B, classes); see GPT.stream. Returns (B,) int64."""
+def sample_next(logits, temperature, top_k, top_p, generator):
+    """Sample a token for each row of logits (B, classes); see GPT.stream. Returns (B,) int64."""
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits / temperature
@@ -248,29 +246,29 @@ def choose(logits, temperature, top_k, top_p, generator):
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
     probs, order = logits.softmax(-1).sort(descending=True)
-    if top_p is not None:   # the token that passes p is the last to stay
+    if top_p is not None:   # the token that crosses p is kept
         probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0.0)
     return order.gather(1, torch.multinomial(probs, 1, generator=generator)).squeeze(1)
 
 
 def rows_per_chunk(h, classes):
     """
-    Rows of logits (rows, classes) that exist at a time: a power of two that fills 512 MiB on a GPU.
-    On a CPU 1 MiB, about its L2 cache, but at least 512 rows: with GPT-2's classes the head took 5%
-    longer with 256 and 15% longer with 128.
+    Rows of logits (rows, classes) in one chunk: a power of two that fills 512 MiB on a GPU. A CPU
+    gets 1 MiB, about the L2 cache, but at least 512 rows: with GPT-2's classes the head took 5%
+    longer with 256 rows and 15% longer with 128.
     """
     budget = 2**20 if h.device.type == "cpu" else 2**29
     return 2 ** int(math.log2(max(512, budget / (classes * h.element_size()))))
 
 
-def draw_labels(probs, noise):
+def sample_labels(probs, noise):
     """
-    A label for each row of probs (N, classes): the first class at which the distribution function
+    Sample a label for each row of probs (N, classes): the first class whose cumulative probability
     exceeds noise (N,), uniform in [0, 1). Returns (N,) int64.
 
-    One random number a label, where Gumbel noise takes one a class. And as the noise is an input,
-    labels do not depend on ranks, micro-batches or device. The function is summed in two levels,
-    over blocks of 64 classes and then within the block that is met: less work and less rounding.
+    This needs one random number per label; Gumbel noise needs one per class. Since the noise is an
+    input, labels do not depend on ranks, micro-batches or device. The cumulative sum has two
+    levels, over blocks of 64 classes and within one block: less work and less rounding.
     """
     classes = probs.shape[-1]
     blocks = F.pad(probs, (0, -classes % 64)).unflatten(-1, (-1, 64))
@@ -285,11 +283,11 @@ def draw_labels(probs, noise):
 
 
 def loss_and_gradient(logits, targets, label_noise, vocab_size, precise):
-    """Summed cross-entropy of logits (N, padded classes), 0-dim in dtype `precise`, against targets
-    or, where they are None, drawn labels; and its gradient, like logits. See HeadLoss."""
+    """Summed cross-entropy of logits (N, padded classes), 0-dim in dtype `precise`, and its
+    gradient in logits' dtype. Against sampled labels if targets is None. See HeadLoss."""
     log_probs = F.log_softmax(logits, -1, dtype=precise)
     probs = log_probs.exp()
-    labels = draw_labels(probs[:, :vocab_size], label_noise) if targets is None else targets
+    labels = sample_labels(probs[:, :vocab_size], label_noise) if targets is None else targets
     is_label = torch.arange(probs.shape[1], device=probs.device) == labels[:, None]
     loss = -log_probs.gather(1, labels[:, None]).sum()
     return loss, (probs - is_label.to(precise)).to(logits.dtype)
@@ -297,20 +295,20 @@ def loss_and_gradient(logits, targets, label_noise, vocab_size, precise):
 
 class HeadLoss(torch.autograd.Function):
     """
-    Mean cross-entropy of softmax(h weight^T) against targets (N,) or, where they are None, against
-    labels drawn with label_noise (N,) from the softmax over the first vocab_size classes.
+    Mean cross-entropy of softmax(h weight^T) against targets (N,). If targets is None, against
+    labels sampled with label_noise (N,) from the softmax over the first vocab_size classes.
     h: (N, C), weight: (padded classes, C). Returns a 0-dim tensor, float32 (float64 for float64).
 
-    A chunk of rows at a time gives its loss, labels and gradients, and its logits are gone: the
-    (N, padded classes) matrix never exists and no matmul is done twice. Padded classes have
-    probability 0, so that padding a model changes neither its loss nor its gradients.
+    Forward computes loss, labels and gradients chunk by chunk and frees each chunk's logits. The
+    (N, padded classes) matrix never exists, and no matmul is repeated. Padded classes have
+    probability 0, so padding a model changes neither its loss nor its gradients.
 
-    F.linear_cross_entropy was the alternative. On bfloat16 input it returns a bfloat16 loss (4.84
-    for 4.86), on float16 input its gradients underflow before the scale of a GradScaler reaches
-    them, and it cannot draw labels. Here loss, softmax and the weight's gradient are float32.
+    Loss, softmax and the weight's gradient are float32. F.linear_cross_entropy returns a bfloat16
+    loss on bfloat16 input (4.84 for 4.86). On float16 input its gradients underflow before the
+    GradScaler's scale reaches them. It cannot sample labels.
 
-    Each chunk reads and writes the weight's gradient once: for GPT-2 on a GPU 309 MB, 3 times for
-    12 x 1,024 tokens, since 512 MiB hold 4,096 rows in bfloat16. That is 0.9 GB a micro-step.
+    Each chunk reads and writes the weight's gradient once: 309 MB for GPT-2. On a GPU 512 MiB hold
+    4,096 rows in bfloat16, so 12 x 1,024 tokens take 3 chunks: 0.9 GB per micro-step.
     """
 
     @staticmethod
@@ -320,7 +318,7 @@ class HeadLoss(torch.autograd.Function):
         w = weight.to(h.dtype)
         precise = torch.promote_types(h.dtype, torch.float32)
         loss = torch.zeros((), dtype=precise, device=h.device)
-        # Of the summed loss: of the mean it would be near the smallest float16.
+        # Gradients of the summed loss: those of the mean underflow in float16.
         grad_h, grad_w = torch.empty_like(h), torch.zeros_like(weight)
         rows = rows_per_chunk(h, len(w))
         for i in range(0, len(h), rows):
@@ -335,7 +333,7 @@ class HeadLoss(torch.autograd.Function):
             torch.mm(grad_logits, w, out=grad_h[i:i + rows])
             if h.dtype == weight.dtype:
                 grad_w.addmm_(grad_logits.t(), h_i)
-            elif h.is_cuda:   # float32 sums of a half-precision matmul, without a copy
+            elif h.is_cuda:   # accumulates in float32 without a copy
                 torch.addmm(grad_w, grad_logits.t(), h_i, out_dtype=grad_w.dtype, out=grad_w)
             else:
                 grad_w += grad_logits.t() @ h_i

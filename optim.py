@@ -1,6 +1,6 @@
 """
-Which optimizer, over which parameters, at which learning rate. The only place that knows an
-optimizer by name.
+The optimizer: choice by name, parameter groups, learning rate schedule. No other file tests an
+optimizer's name.
 """
 import math
 
@@ -10,13 +10,13 @@ import torch.nn as nn
 from lion import Lion
 from sophia import SophiaG
 
-STATE_TENSORS = {"sophiag": 2, "adamw": 2, "lion": 1}   # of a parameter's size, for memory
+STATE_TENSORS = {"sophiag": 2, "adamw": 2, "lion": 1}   # tensors of state per parameter
 
 
 def parameter_groups(model, weight_decay):
     """
-    Two groups: weights of Linear layers, which decay, and all others, which do not: embeddings (the
-    tied head is one), LayerNorm, biases.
+    Two groups: Linear weights, which decay, and the rest, which does not: embeddings with the tied
+    head, LayerNorm, biases.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)} - embeddings
@@ -27,8 +27,8 @@ def parameter_groups(model, weight_decay):
 
 def make_optimizer(cfg, model, fused):
     """
-    The optimizer that cfg names, over model's parameters where they now are. fused: compile the
-    step of ours; AdamW's comes compiled with PyTorch.
+    The optimizer cfg.optimizer over the model's parameters, already on their device. fused: compile
+    the step of SophiaG or Lion; AdamW uses PyTorch's fused step.
     """
     groups = parameter_groups(model, cfg.weight_decay)
     common = dict(lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2))
@@ -42,14 +42,14 @@ def make_optimizer(cfg, model, fused):
 
 
 def hessian_due(step, cfg):
-    """Whether a Hessian estimate follows update number `step`, counted from 1."""
+    """Whether a Hessian estimate follows update number `step`, from 1."""
     return cfg.optimizer == "sophiag" and step % cfg.hessian_interval == 0
 
 
 def lr_at(step, cfg):
     """
-    Learning rate of update number `step`, counted from 0: linear warmup that never starts at zero,
-    then a cosine to min_lr at lr_decay_iters, constant after it.
+    Learning rate of update number `step`, from 0: linear warmup from a value above zero, a cosine
+    to min_lr at lr_decay_iters, then min_lr.
     """
     if step < cfg.warmup_iters:
         return cfg.learning_rate * (step + 1) / (cfg.warmup_iters + 1)
@@ -64,8 +64,8 @@ def lr_at(step, cfg):
 @torch.no_grad()
 def statistics(optimizer):
     """
-    What to watch, as far as the optimizer has it: norms of parameters, momentum and Hessian, and
-    train/win_rate. {name: 0-dim tensor}; nothing here waits for the device.
+    {name: 0-dim tensor} to log: norms of the parameters, of the momentum and, for SophiaG, of the
+    Hessian, and train/win_rate. Does not wait for the device.
     """
     if isinstance(optimizer, SophiaG):
         found = optimizer.statistics()

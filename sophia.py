@@ -1,6 +1,6 @@
 """
 SophiaG: second-order clipped stochastic optimization with the Gauss-Newton-Bartlett estimator
-(Liu et al., arXiv 2305.14342, Algorithm 3). This file stands alone: copy it into any project.
+(Liu et al., arXiv 2305.14342, Algorithm 3). This file needs only PyTorch: copy it anywhere.
 """
 import functools
 import importlib.util
@@ -10,8 +10,8 @@ import torch
 from torch.optim import Optimizer
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
-OFFICIAL_BS = 5120   # the official implementation's default, kept for those who never say
-LOWEST_RHO, HIGHEST_RHO, LARGEST_FACTOR = 1e-4, 1e2, 10.0   # where and how fast rho is steered
+OFFICIAL_BS = 5120   # the official implementation's default for bs
+LOWEST_RHO, HIGHEST_RHO, LARGEST_FACTOR = 1e-4, 1e2, 10.0   # limits of target_win_rate
 
 
 def sophiag(theta, g, m, h, *, lr, beta1, rho_b, decay, skip=None):
@@ -22,12 +22,12 @@ def sophiag(theta, g, m, h, *, lr, beta1, rho_b, decay, skip=None):
         theta <- theta (1 - lr lambda)
         theta <- theta - lr clip(m / (rho B h + eps), 1)
 
-    clip(x, 1) limits a coordinate to [-1, 1]; the same as sign(m) min(|m| / (...), 1) of the
-    official code, the denominator being positive. eps keeps it finite while h is zero; a negative
-    h, which Hutchinson's estimator can give, counts as zero, as in the paper: max(rho h, eps).
-    rho_b is rho B and decay is 1 - lr lambda: a compiled loop would multiply them anew for every
-    vector. Settings are floats or 0-dim tensors. Where skip is 1, m stays, and theta too if lr is
-    0 and decay 1.
+    clip(x, 1) limits a coordinate to [-1, 1], which equals the official code's
+    sign(m) min(|m| / (...), 1). eps keeps the ratio finite while h is zero. A negative h, which
+    Hutchinson's estimator can give, counts as zero, as in the paper: max(rho h, eps).
+    rho_b is rho B and decay is 1 - lr lambda, precomputed because a compiled loop would repeat the
+    multiplication per vector. Settings are floats or 0-dim tensors. If skip is 1, m does not
+    change; theta does not either if lr is 0 and decay 1.
     """
     g = g if skip is None else torch.where(skip > 0, m, g)
     m.add_((g - m).mul_(1 - beta1))
@@ -36,72 +36,71 @@ def sophiag(theta, g, m, h, *, lr, beta1, rho_b, decay, skip=None):
 
 
 def average_hessian(h, estimate, *, beta2, skip=None):
-    """h <- beta2 h + (1 - beta2) estimate, in place; not where skip is 1."""
+    """h <- beta2 h + (1 - beta2) estimate, in place; no change if skip is 1."""
     estimate = estimate if skip is None else torch.where(skip > 0, h, estimate)
     h.add_((estimate - h).mul_(1 - beta2))
 
 
 def update_hessian(h, g, **settings):
-    """h <- beta2 h + (1 - beta2) g g, in place; not where skip is 1."""
+    """h <- beta2 h + (1 - beta2) g g, in place; no change if skip is 1."""
     average_hessian(h, g * g, **settings)
 
 
 def statistics(theta, m, h, *, rho_b):
-    """(4,): number of coordinates with |m| < rho B h, and sums of squares of theta, m and h."""
+    """(4,): the number of coordinates with |m| < rho B h; sums of squares of theta, m and h."""
     wins = (m.abs() < h * rho_b).float()
     terms = [wins, *(t.float().square() for t in (theta, m, h))]
-    if theta.numel() % 256 == 0:   # sums of sums: compiled, 1.4x faster on a 2-core CPU
+    if theta.numel() % 256 == 0:   # compiled, two-level sums are 1.4x faster on a 2-core CPU
         terms = [t.reshape(-1, 256).sum(1) for t in terms]
     return torch.stack([t.sum() for t in terms])
 
 
 @functools.cache
 def compiled(rule, rows):
-    """The rule for a number of rows at a time, compiled once for tensors of any length."""
+    """The rule, compiled for `rows` rows per call and tensors of any length."""
     def rule_for_rows(rows, settings):
         return [rule(*row, **settings) for row in rows]
 
-    # One loop over several rows was slower than a loop for each.
+    # Fusing rows into one loop was slower than one loop per row.
     options = {"cpp.max_horizontal_fusion_size": 1} if rows > 1 else None
     return torch.compile(rule_for_rows, dynamic=True, fullgraph=True, isolate_recompiles=True,
                          options=options)
 
 
-def local(t):
-    """This rank's shard of a DTensor (FSDP2), which the updates, elementwise as they are, need
-    alone; any other tensor as it is."""
+def local_shard(t):
+    """This rank's shard of a DTensor (FSDP2): updates are elementwise. Other tensors unchanged."""
     return t.to_local() if hasattr(t, "to_local") else t
 
 
-def in_memory_order(grad, p):
-    """grad in the order of p's memory: a copy where its strides are others."""
+def match_strides(grad, p):
+    """grad with p's strides; a copy if its own differ."""
     return grad if grad.stride() == p.stride() else torch.empty_like(p).copy_(grad)
 
 
-def same_memory_order(row):
-    """Whether the row's tensors fill their memory without gaps, all in the same order."""
+def same_strides(row):
+    """Whether the row's tensors have equal strides and no gaps in memory."""
     return (all(t.stride() == row[0].stride() for t in row)
             and torch.ops.aten.is_non_overlapping_and_dense(row[0]))
 
 
-def flat(t):
-    """t's memory as a tensor (numel,) that is no view: a view's offset in its base, such as that
-    of a gradient in a bucket of DDP, would be compiled into the graph."""
+def flattened(t):
+    """t's memory as a tensor (numel,), but not as a view: torch.compile would specialize on the
+    offset of a view, such as a gradient's in its DDP bucket."""
     return from_dlpack(to_dlpack(t.detach().as_strided((t.numel(),), (1,))))
 
 
-def apply(rule, fused, *lists, unroll=True, **settings):
+def apply_rule(rule, fused, *lists, unroll=True, **settings):
     """
-    [rule(*row, **settings) for row in zip(*lists)], in another order and without empty rows; where
-    fused, the rule is compiled to one pass over memory. Settings are tensors there: a new float
-    would be compiled anew. A call costs 100 us on a CPU, so where `unroll` is set four tensors of
-    one length share one.
+    [rule(*row, **settings) for row in zip(*lists)], in another order and without empty rows. fused:
+    compile the rule to one pass over memory. Its settings become tensors, since each new float
+    would trigger a recompile. unroll: four tensors of equal length share a call, which costs 100 us
+    on a CPU.
     """
-    rows = [[local(t) for t in row] for row in zip(*lists)]
-    eager = [row for row in rows if not (fused and same_memory_order(row))]
+    rows = [[local_shard(t) for t in row] for row in zip(*lists)]
+    eager = [row for row in rows if not (fused and same_strides(row))]
     if fused and eager:
-        warn_once("some parameters have gaps in memory or state in another order; they are updated "
-                  "by slower, uncompiled operations")
+        warn_once("some parameters have gaps in memory, or strides unlike their state's; slower, "
+                  "uncompiled operations update them")
     results = [rule(*row, **settings) for row in eager if row[0].numel()]
     if len(eager) == len(rows):
         return results
@@ -109,8 +108,8 @@ def apply(rule, fused, *lists, unroll=True, **settings):
     tensors = {name: torch.as_tensor(value, dtype=precise) for name, value in settings.items()}
     by_length = {}
     for row in rows:
-        if row[0].numel() and same_memory_order(row):
-            by_length.setdefault(row[0].numel(), []).append([flat(t) for t in row])
+        if row[0].numel() and same_strides(row):
+            by_length.setdefault(row[0].numel(), []).append([flattened(t) for t in row])
     for rows in by_length.values():
         while rows:
             n = 4 if unroll and len(rows) >= 4 else 1
@@ -118,15 +117,15 @@ def apply(rule, fused, *lists, unroll=True, **settings):
             try:
                 results += compiled(rule, n)(first, tensors)
             except torch._dynamo.exc.FailOnRecompileLimitHit:
-                warn_once("torch.compile made too many graphs of the update; from here on slower, "
-                          "uncompiled operations do it. TORCH_LOGS=recompiles says why")
+                warn_once("torch.compile reached its recompile limit; slower, uncompiled "
+                          "operations take over. TORCH_LOGS=recompiles shows the cause")
                 results += [rule(*row, **tensors) for row in first]
     return results
 
 
 def sum_over_shards(values, layout):
-    """Sum over ranks of what each found in its shards of DTensors, whose layout is (device mesh,
-    placements); values as they are where layout is None."""
+    """Sum over ranks of values computed on shards of DTensors with this layout, (device mesh,
+    placements). Unchanged if layout is None."""
     if layout is None:
         return values
     from torch.distributed.tensor import DTensor, Partial, Replicate  # slow to import
@@ -149,34 +148,33 @@ class SophiaG(Optimizer):
     """
     Args:
         params: parameters or parameter groups.
-        lr (float or Tensor): learning rate; it is also the largest change of a coordinate in one
-            step, weight decay aside.
-        betas: decay of exp_avg, the EMA m of gradients, and of hessian, the EMA h of squared
+        lr (float or Tensor): learning rate; also the largest change of a coordinate per step,
+            apart from weight decay.
+        betas: decay rates of exp_avg, the EMA m of gradients, and of hessian, the EMA h of squared
             sampled-label gradients.
-        rho: clipping threshold. Larger rho clips fewer coordinates (see `win_rate`). With a
-            target_win_rate, where it starts.
+        rho: clipping threshold. A larger rho clips fewer coordinates (see `win_rate`). With
+            target_win_rate, the initial value.
         weight_decay: decoupled, as in AdamW.
-        bs (int): B, the number of labels (tokens, for a language model) behind each gradient
-            given to `update_hessian`, summed over ranks and micro-batches. `step(bs=...)`
-            overrides it.
+        bs (int): B, the number of labels (for a language model, tokens) per gradient given to
+            `update_hessian`, over all ranks and micro-batches. `step(bs=...)` overrides it.
         maximize: ascend instead of descend.
-        capturable: keep the step counters on the parameters' device, as torch.optim does, so
-            that a step can be captured in a CUDA graph (with lr a tensor, it can change there).
-        fused: True runs each update as one pass over memory, compiled by torch.compile in seconds,
-            once for all sizes; None does so on CUDA where Triton is installed; False never.
-        target_win_rate (float): None or 0 leaves rho as it is. Otherwise each `update_hessian`
-            makes rho, a tensor in the parameter groups then,
+        capturable: keep the step counters on the parameters' device, as in torch.optim, so that a
+            CUDA graph can capture a step. With lr a tensor, the graph follows its changes.
+        fused: True compiles each update to one pass over memory; torch.compile takes seconds, once
+            for all sizes. None does so on CUDA if Triton is installed. False never does.
+        target_win_rate (float): None or 0 keeps rho fixed. Otherwise each `update_hessian` does
                 rho <- rho target_win_rate / win_rate
-            by a factor of at most 10 and within 1e-4 and 100. Where small m are the most frequent,
-            win_rate grows at most as fast as rho, so that this cannot pass the target by. Needs bs.
-            A loaded state_dict brings its rho; whether that is steered is for the constructor.
+            by a factor of at most 10, within 1e-4 and 100. rho is then a tensor in the parameter
+            groups. It does not overshoot if m's density is highest at zero, since win_rate then
+            grows at most as fast as rho. Needs bs. A loaded state_dict sets rho; this argument
+            alone decides whether rho adapts.
 
     State of a parameter: `step`, `exp_avg`, `hessian`. A state_dict of the official class loads.
-    There is no bias correction; until the first `update_hessian` h is zero and a step is
+    There is no bias correction. Until the first `update_hessian`, h is zero and a step is
     -lr sign(m).
 
-    As with torch.optim's fused optimizers, where an attribute `found_inf`, a 0-dim float tensor, is
-    1, `step` and `update_hessian` change nothing; nobody waits for the device to know.
+    As with torch.optim's fused optimizers, `step` and `update_hessian` change nothing if the
+    attribute `found_inf`, a 0-dim float tensor, is 1. They do not wait for the device.
 
         every step:     loss(x, y).backward();            optimizer.step()
         every k steps:  loss(x, sampled y).backward();    optimizer.update_hessian()
@@ -212,17 +210,18 @@ class SophiaG(Optimizer):
             group.setdefault("bs", self.defaults.get("bs"))   # official checkpoints have none
             group.setdefault("maximize", False)
             group.setdefault("capturable", False)
-            group["fused"] = self.defaults.get("fused")       # belongs to the machine, not the run
+            group["fused"] = self.defaults.get("fused")       # depends on the machine, not the run
             group["target_win_rate"] = self.defaults.get("target_win_rate")
         for p, s in self.state.items():
             if not torch.is_tensor(s["step"]):
                 s["step"] = torch.tensor(float(s["step"]))
-            s.setdefault("hessian", torch.zeros_like(p))      # official, before its first update
-        self._hessian_in_use = any(bool(local(s["hessian"]).any()) for s in self.state.values())
+            s.setdefault("hessian", torch.zeros_like(p))   # official, before its first update
+        self._hessian_in_use = any(bool(local_shard(s["hessian"]).any())
+                                   for s in self.state.values())
 
     def _tensors(self, group):
-        """Lists (params, grads, exp_avgs, hessians, steps) of the parameters that have a gradient,
-        whose state is made where there is none."""
+        """Lists (params, grads, exp_avgs, hessians, steps) of the parameters with a gradient.
+        Creates missing state."""
         lists = [], [], [], [], []
         for p in group["params"]:
             if p.grad is None:
@@ -236,7 +235,7 @@ class SophiaG(Optimizer):
                 state["step"] = torch.zeros((), device=p.device if group["capturable"] else "cpu")
                 state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
                 state["hessian"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            values = (p, in_memory_order(p.grad, p), state["exp_avg"], state["hessian"],
+            values = (p, match_strides(p.grad, p), state["exp_avg"], state["hessian"],
                       state["step"])
             for tensors, value in zip(lists, values):
                 tensors.append(value)
@@ -248,7 +247,7 @@ class SophiaG(Optimizer):
         return group["fused"]
 
     def _rho(self, group):
-        """The group's rho; where it is steered, a tensor beside the parameters, made here once."""
+        """The group's rho; if it adapts, a tensor on the parameters' device, created here once."""
         if group["target_win_rate"]:
             group["rho"] = torch.as_tensor(group["rho"], dtype=torch.float32,
                                            device=group["params"][0].device)
@@ -283,20 +282,20 @@ class SophiaG(Optimizer):
             lr, skip = group["lr"], {}
             if self.found_inf is not None:
                 lr, skip = lr * (1 - self.found_inf), {"skip": self.found_inf}
-            apply(sophiag, self._fused(group), params, grads, exp_avgs, hessians, lr=lr,
-                  beta1=group["betas"][0], rho_b=self._rho(group) * self._bs(group, bs),
-                  decay=1 - lr * group["weight_decay"], **skip)
+            apply_rule(sophiag, self._fused(group), params, grads, exp_avgs, hessians, lr=lr,
+                       beta1=group["betas"][0], rho_b=self._rho(group) * self._bs(group, bs),
+                       decay=1 - lr * group["weight_decay"], **skip)
         return loss
 
     @torch.no_grad()
     def update_hessian(self, square=True):
         """
-        h <- beta2 h + (1 - beta2) g*g, where the gradients now in .grad must be those of the mean
-        cross-entropy against labels drawn from the model's own softmax (GNB, paper section 2.3).
-        B g*g then estimates the Gauss-Newton diagonal without bias; B enters in `step`.
-        Without square, h <- beta2 h + (1 - beta2) .grad, which must be an estimate of the Hessian
-        diagonal itself, such as Hutchinson's (Sophia-H, paper algorithm 1); B is 1 then.
-        Then steers rho, if there is a target_win_rate.
+        h <- beta2 h + (1 - beta2) g*g. The gradient g in .grad must be that of the mean
+        cross-entropy against labels sampled from the model's own softmax (GNB, paper section 2.3).
+        B g*g is then an unbiased estimate of the Gauss-Newton diagonal; `step` multiplies by B.
+        square=False: h <- beta2 h + (1 - beta2) .grad, which must be an estimate of the Hessian
+        diagonal, such as Hutchinson's (Sophia-H, paper algorithm 1). B is 1 then.
+        Also adapts rho, if target_win_rate is set.
         """
         self._hessian_in_use = True
         rule = update_hessian if square else average_hessian
@@ -304,7 +303,8 @@ class SophiaG(Optimizer):
         for group in self.param_groups:
             _, grads, _, hessians, _ = self._tensors(group)
             if grads:
-                apply(rule, self._fused(group), hessians, grads, beta2=group["betas"][1], **skip)
+                apply_rule(rule, self._fused(group), hessians, grads, beta2=group["betas"][1],
+                           **skip)
         target = self.defaults.get("target_win_rate")
         if target and self.state:
             factor = target / self.statistics()["win_rate"]
@@ -318,17 +318,17 @@ class SophiaG(Optimizer):
     @torch.no_grad()
     def statistics(self, bs=None):
         """
-        What to watch, in one pass over the state and without waiting for the device: a dict of
-        0-dim float32 tensors, empty before the first step.
-          win_rate: proportion of coordinates whose update is not clipped, |m| < rho B h. Larger
-            rho gives a larger win_rate; healthy runs stay within 0.1 and 0.5 after an early peak.
-            Some articles call it the clipped proportion, which is 1 - win_rate.
-          param_norm, momentum_norm, hessian_norm: of theta, m and h.
-          rho: as it now is, where target_win_rate steers it.
+        A dict of 0-dim float32 tensors, empty before the first step. One pass over the state,
+        without waiting for the device.
+          win_rate: proportion of coordinates whose update is not clipped, |m| < rho B h. A larger
+            rho gives a larger win_rate. Healthy runs stay within 0.1 and 0.5 after an early peak.
+            Some articles call the clipped proportion, 1 - win_rate, by this name.
+          param_norm, momentum_norm, hessian_norm: norms of theta, m and h.
+          rho: its current value, if target_win_rate adapts it.
         """
         sums, total = [], 0
         for group in self.param_groups:
-            by_layout = {}   # parameters that are sharded alike share a sum over ranks
+            by_layout = {}   # parameters with equal sharding share an all-reduce
             for p in group["params"]:
                 if p in self.state:
                     layout = (p.device_mesh, p.placements) if hasattr(p, "to_local") else None
@@ -336,9 +336,9 @@ class SophiaG(Optimizer):
                     total += p.numel()
             for layout, params in by_layout.items():
                 states = [self.state[p] for p in params]
-                rows = apply(statistics, self._fused(group), params,
-                             [s["exp_avg"] for s in states], [s["hessian"] for s in states],
-                             unroll=False, rho_b=self._rho(group) * self._bs(group, bs))
+                rows = apply_rule(statistics, self._fused(group), params,
+                                  [s["exp_avg"] for s in states], [s["hessian"] for s in states],
+                                  unroll=False, rho_b=self._rho(group) * self._bs(group, bs))
                 rows.append(torch.zeros(4, device=params[0].device))   # all shards may be empty
                 sums.append(sum_over_shards(torch.stack(rows).sum(0), layout))
         if not sums:

@@ -47,16 +47,16 @@ def sampled_label_loss(model, x, noise):
 
 def accumulate_gradients(model, x, y, loss_fn, batch_size, autocast, scaler):
     """
-    Leave in .grad the gradient of the mean loss over (x, y) and all ranks, times the scaler's
-    scale. Micro-batches of batch_size sequences; ranks exchange gradients in the last. Returns the
-    mean loss over this rank's sequences, 0-dim, on the device.
+    Set .grad to the gradient of the mean loss over (x, y) and all ranks, times the scaler's scale.
+    Micro-batches have batch_size sequences; DDP's all-reduce runs in the last one. Returns the mean
+    loss over this rank's sequences, 0-dim, on the device.
     """
     model.zero_grad(set_to_none=True)
     mean_loss = torch.zeros((), device=x.device)
     micro_batches = list(zip(x.split(batch_size), y.split(batch_size)))
     for i, (x_micro, y_micro) in enumerate(micro_batches):
-        exchange = i == len(micro_batches) - 1 or not isinstance(model, DDP)
-        with nullcontext() if exchange else model.no_sync():
+        last = i == len(micro_batches) - 1
+        with model.no_sync() if isinstance(model, DDP) and not last else nullcontext():
             with autocast:
                 loss = loss_fn(model, x_micro, y_micro)
             loss = loss * (len(x_micro) / len(x))   # the last micro-batch may be smaller
@@ -67,14 +67,14 @@ def accumulate_gradients(model, x, y, loss_fn, batch_size, autocast, scaler):
 
 def estimate_hessian(model, raw_model, batch, direction, cfg, autocast, scaler):
     """
-    Leave in .grad what the optimizer's update_hessian takes, from a batch (x, y, noise) and all
-    ranks, times the scaler's scale. By cfg.hessian_estimator:
+    Set .grad to the input of optimizer.update_hessian, from a batch (x, y, noise) and all ranks,
+    times the scaler's scale. cfg.hessian_estimator:
       gnb               gradient of the loss against sampled labels (paper, algorithm 2)
       empirical_fisher  gradient of the loss against the true labels: biased, for comparison
-      hutchinson        d * (H d), d = direction(parameters) standard normal and H the Hessian of
-                        the mean loss (paper, algorithm 1)
-    The gradients are then clipped like those of training, as in the official code; Hutchinson's
-    estimate, which is none, is not.
+      hutchinson        d * (H d), with d = direction(parameters) standard normal and H the Hessian
+                        of the mean loss (paper, algorithm 1)
+    The caller clips gradients like those of training, as in the official code. Hutchinson's
+    estimate is no gradient and is not clipped.
     """
     x, y, noise = batch
     settings = cfg.batch_size, autocast, scaler
@@ -82,7 +82,7 @@ def estimate_hessian(model, raw_model, batch, direction, cfg, autocast, scaler):
         accumulate_gradients(model, x, noise, sampled_label_loss, *settings)
     elif cfg.hessian_estimator == "empirical_fisher":
         accumulate_gradients(model, x, y, next_token_loss, *settings)
-    else:   # not through DDP, which takes part in first derivatives alone
+    else:   # without DDP, which supports first derivatives only
         d = direction(raw_model.parameters())
         accumulate_gradients(raw_model, x, y, lambda model, x, y:
                              model.directional_derivative(x, y, d), *settings)
@@ -91,7 +91,7 @@ def estimate_hessian(model, raw_model, batch, direction, cfg, autocast, scaler):
 
 
 def clip_gradients(model, optimizer, scaler, grad_clip):
-    """Scale .grad so that its norm is at most grad_clip (0: leave it); returns the norm before."""
+    """Scale .grad to a norm of at most grad_clip (0: no limit). Returns the norm before that."""
     scaler.unscale_(optimizer)
     return torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
 
@@ -103,7 +103,7 @@ def not_finite(grad_norm):
 
 @torch.no_grad()
 def evaluate(raw_model, data, autocast):
-    """Mean loss over the evaluation windows of all ranks, and its standard error."""
+    """(mean loss over the evaluation windows of all ranks, its standard error)."""
     raw_model.eval()
     losses = []
     for x, y in data.val():
@@ -118,7 +118,7 @@ def evaluate(raw_model, data, autocast):
 
 
 def sample_text(raw_model, tokenizer, eot_id, cfg):
-    """Text that the model writes after an end of text, from the same random numbers each time."""
+    """A sample from the model after an end-of-text token, with the same seed each time."""
     device = raw_model.lm_head.weight.device
     raw_model.eval()
     ids = raw_model.generate(torch.tensor([[eot_id]], device=device), cfg.sample_tokens, top_k=200,

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from model import GPT, GPTConfig, choose, draw_labels
+from model import GPT, GPTConfig, sample_labels, sample_next
 from script import UserError
 
 TINY = GPTConfig(vocab_size=65, block_size=16, n_layer=3, n_head=4, n_embd=32)
@@ -99,7 +99,7 @@ def test_labels_follow_the_softmax():
     n, chi2, freedom = 20_000, 0.0, 0
     for scale in [0.1, 2.0, 6.0] * 10:
         probs = (torch.randn(65) * scale).softmax(0)
-        labels = draw_labels(probs.expand(n, 65), torch.rand(n))
+        labels = sample_labels(probs.expand(n, 65), torch.rand(n))
         counts = np.bincount(labels.numpy(), minlength=65)
         expected = probs.double().numpy() * n
         common = expected > 5   # the others are too rare for the statistic
@@ -113,7 +113,7 @@ def test_label_noise_at_the_borders_of_the_distribution():
     probability zero."""
     probs = torch.tensor([[0.0, 0.5, 0.0, 0.25, 0.25, 0.0]]).expand(6, 6)
     noise = torch.tensor([0.0, 0.49, 0.5, 0.74, 0.76, 1 - 2**-24])
-    assert draw_labels(probs, noise).tolist() == [1, 1, 3, 3, 4, 4]
+    assert sample_labels(probs, noise).tolist() == [1, 1, 3, 3, 4, 4]
 
 
 def exact_gauss_newton_diagonal(model, idx):
@@ -226,7 +226,7 @@ def test_top_p_leaves_the_likeliest_tokens_that_make_up_p():
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()[[2, 0, 3, 1]].expand(4000, 4)
     generator = torch.Generator().manual_seed(0)
     for p, wanted in (0.4, {1}), (0.7, {1, 3}), (0.9, {0, 1, 3}), (None, {0, 1, 2, 3}):
-        tokens = choose(logits, 1.0, None, p, generator)
+        tokens = sample_next(logits, 1.0, None, p, generator)
         assert set(tokens.tolist()) == wanted
     counts = torch.bincount(tokens, minlength=4) / 4000
     torch.testing.assert_close(counts, logits[0].exp(), atol=0.03, rtol=0)

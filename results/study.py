@@ -5,14 +5,14 @@ The study's runs: which there are, which settings each optimizer gets, and the r
     python results/study.py 8k/final    # only runs whose names begin so
     python results/study.py --commands  # print the runs that are known so far, run nothing
 
-A run's name is its setting, piece, optimizer and values. What is run next depends only on the
-results so far: the tuning rule of README.md is the code of `tuning`, `learning_rates` and `best`.
-A row of study.csv holds the words of train.py that made it.
+A run's name is setting/piece/arm/value. What runs next depends only on the results so far:
+`make_plan` is the code of RULES.md. A row of study.csv holds the words of the command that made it.
 """
 import csv
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -25,13 +25,9 @@ ROOT = os.path.dirname(RESULTS)
 RUNS, CURVES = (os.path.join(RESULTS, name) for name in ("study.csv", "study_curves.csv"))
 JOBS = int(os.environ.get("JOBS", 2))   # runs at a time, one thread each
 
-ARMS = {"adamw": ["--optimizer=adamw"],
-        "lion": ["--optimizer=lion"],
-        "sophiag": ["--optimizer=sophiag"],
-        "steered": ["--optimizer=sophiag"],   # target_win_rate in place of rho
-        "sign": ["--optimizer=sophiag", "--hessian_interval=1000000"]}   # h stays 0
-# Where the random trials of a setting lie: from, to, and the factor of a local trial. Memories are
-# in steps: 1 / (1 - beta1), 1 / (1 - beta2), and hessian_interval / (1 - beta2) for SophiaG.
+ARMS = ("adamw", "lion", "sophiag", "steered", "sign")
+# Range of the random trials, and the factor of a local trial. warmup is a share of all steps.
+# Memories are in steps: momentum 1 / (1 - beta1); second 1 / (1 - beta2), for SophiaG times k.
 MOMENTUM, WARMUP = (3, 40, 1.5), (0.025, 0.5, 2)
 SPACE = {
     "adamw": {"learning_rate": (2e-3, 3.2e-2, 1.5), "momentum": MOMENTUM, "warmup": WARMUP,
@@ -44,34 +40,62 @@ SPACE = {
                 "target_win_rate": (0.1, 0.8, 1.5), "warmup": WARMUP, "second": (20, 400, 2)},
     "sign": {"learning_rate": (4e-4, 6.4e-3, 1.5), "momentum": MOMENTUM, "warmup": WARMUP}}
 RANDOM_TRIALS, TRIALS = 12, 20
-TUNING_SEED, FINAL_SEEDS = 1, (2, 3, 4)
+TUNING_SEED, FINAL_SEEDS, MORE_SEEDS = 1, (2, 3, 4), (5, 6)
 HESSIAN_INTERVAL = 10
+PUBLISHED = {"sophiag": {"momentum": 1 / 0.035, "second": 1000, "rho": 0.05},
+             "lion": {"momentum": 20, "second": 50}}
 
-# Words of train.py that make another setting of base.py, and its steps.
+# Words of train.py that turn base.py into another setting, and its number of steps.
+SMALL_BATCH = ["--batch_size=4", "--total_batch_size=8", "--eval_iters=64"]
 SETTINGS = {
-    "8k": ([], 400),
-    "1k": (["--batch_size=4", "--total_batch_size=8", "--eval_iters=64"], 400),
-    "32k": (["--total_batch_size=256", "--eval_iters=2"], 400),
+    "8k": (["results/base.py"], 400),
+    "1k": (["results/base.py", *SMALL_BATCH], 400),
+    "1k-x4": (["results/base.py", *SMALL_BATCH], 1600),
+    "1k-x16": (["results/base.py", *SMALL_BATCH], 6400),
+    "3M": (["results/base.py", *SMALL_BATCH, "--n_layer=4", "--n_head=4", "--n_embd=256"], 800),
+    "32k": (["results/base.py", "--total_batch_size=256", "--eval_iters=2"], 400),
+    "quick": (["config/quickstart_sophiag.py"], 1200),   # all three differ only in the optimizer
 }
+# Values around the tuned point, each on the tuning seed.
+SENSITIVITY = {
+    "adamw": {"learning_rate": (0.25, 0.5, 2, 4), "momentum": (3, 5, 20, 40),
+              "warmup": (0.025, 0.05, 0.1, 0.4)},
+    "lion": {"learning_rate": (0.25, 0.5, 2, 4), "momentum": (3, 5, 20, 40)},
+    "sophiag": {"learning_rate": (0.25, 0.5, 2, 4), "rho": (0.02, 0.1, 0.5, 2)},
+    "steered": {"learning_rate": (0.25, 0.5, 2, 4), "momentum": (3, 5, 20, 40),
+                "second": (10, 40, 100, 400), "warmup": (0.025, 0.05, 0.1, 0.4),
+                "target_win_rate": (0.05, 0.15, 0.3, 0.6)}}
+# Words that change the steered arm, or AdamW, at its tuned point.
+ABLATIONS = {
+    "k=1": ("steered", 1, []), "k=50": ("steered", 50, []),
+    "hutchinson": ("steered", 10, ["--hessian_estimator=hutchinson"]),
+    "empirical_fisher": ("steered", 10, ["--hessian_estimator=empirical_fisher"]),
+    "shared_noise": ("steered", 10, []),
+    "clip": ("adamw", 10, ["--grad_clip=0.16667"])}
 
 
 def round2(value):
     return float(f"{value:.2g}")
 
 
-def words(setting, arm, point, seed):
-    """Of train.py, for an arm at a point, a dict like SPACE's, with warmup as a share of steps."""
-    flags, steps = SETTINGS[setting]
-    interval = 1 if arm in ("adamw", "lion") else HESSIAN_INTERVAL
+def words(setting, arm, point, seed, steps=None, interval=HESSIAN_INTERVAL):
+    """Of train.py, for an arm at a point, a dict like SPACE's."""
+    flags, length = SETTINGS[setting]
+    steps = steps or length
+    optimizer = arm if arm in ("adamw", "lion") else "sophiag"
     point = dict(point)
     settings = {"learning_rate": point.pop("learning_rate"),
                 "beta1": max(round(1 - 1 / point.pop("momentum"), 4), 0.0),
                 "warmup_iters": round(point.pop("warmup") * steps)}
     if "second" in point:
-        settings["beta2"] = max(round(1 - interval / point.pop("second"), 4), 0.0)
+        every = interval if optimizer == "sophiag" else 1
+        settings["beta2"] = max(round(1 - every / point.pop("second"), 4), 0.0)
     settings |= point
-    return ["results/base.py", *flags, f"--max_iters={steps}",
-            f"--eval_interval={steps // 4}", *ARMS[arm],
+    if arm == "sign":
+        interval = 1000000   # h stays 0
+    every = [f"--hessian_interval={interval}"] * (interval != HESSIAN_INTERVAL)
+    return [*flags, f"--max_iters={steps}", f"--eval_interval={steps // 4}",
+            f"--optimizer={optimizer}", *every,
             *(f"--{name}={value:g}" for name, value in settings.items()), f"--seed={seed}"]
 
 
@@ -147,7 +171,8 @@ class Study:
             for e in exponents:
                 lr = round2(point["learning_rate"] * 2.0**e)
                 loss = self.add(f"{setting}/lr/{arm}/{lr:g}", words(
-                    setting, arm, {**point, "learning_rate": lr}, TUNING_SEED))
+                    setting, arm.removesuffix("-published"), {**point, "learning_rate": lr},
+                    TUNING_SEED))
                 losses[e] = lr, loss
             if any(loss is None for _, loss in losses.values()):
                 return None
@@ -156,9 +181,52 @@ class Study:
                 return {**point, "learning_rate": losses[best][0]}
             exponents.append(best + (1 if best > 0 else -1))
 
-    def finals(self, setting, arm, point):
-        for seed in FINAL_SEEDS:
-            self.add(f"{setting}/final/{arm}/{seed}", words(setting, arm, point, seed))
+    def finals(self, setting, points):
+        """Runs of every arm in points on the final seeds, and on two more where the gap to AdamW is
+        below twice its standard error."""
+        def loss_of(arm, seed):
+            return self.add(f"{setting}/final/{arm}/{seed}",
+                            words(setting, arm.removesuffix("-published"), points[arm], seed))
+
+        losses = {arm: [loss_of(arm, seed) for seed in FINAL_SEEDS] for arm in points}
+        for arm in points:
+            if arm == "adamw" or None in (*losses[arm], *losses["adamw"]):
+                continue
+            gaps = [a - b for a, b in zip(losses[arm], losses["adamw"])]
+            if abs(statistics.mean(gaps)) < 2 * statistics.stdev(gaps) / len(gaps) ** 0.5:
+                for seed in MORE_SEEDS:
+                    loss_of("adamw", seed)
+                    loss_of(arm, seed)
+
+    def setting(self, setting, points):
+        """Tune the learning rate of every arm again, then run the finals."""
+        best = {arm: self.learning_rates(setting, arm, point) for arm, point in points.items()}
+        if None not in best.values():
+            self.finals(setting, best)
+
+    def sensitivity(self, points):
+        for arm, changes in SENSITIVITY.items():
+            for name, values in changes.items():
+                for value in values:
+                    if name == "learning_rate":
+                        value = round2(value * points[arm][name])
+                    self.add(f"8k/sensitivity/{arm}/{name}={value:g}", words(
+                        "8k", arm, {**points[arm], name: value}, TUNING_SEED))
+
+    def ablations(self, points):
+        for name, (arm, interval, flags) in ABLATIONS.items():
+            script = ["results/shared_noise.py"] if name == "shared_noise" else []
+            for seed in FINAL_SEEDS:
+                self.add(f"8k/ablation/{name}/{seed}", [*script, *words(
+                    "8k", arm, points[arm], seed, interval=interval), *flags])
+
+    def lengths(self, points):
+        """Other numbers of steps, each with a full schedule of its own."""
+        for arm in points:
+            for steps in (200, 280, 340) + (800,) * (arm == "adamw"):
+                for seed in FINAL_SEEDS:
+                    self.add(f"8k/steps={steps}/{arm}/{seed}",
+                             words("8k", arm, points[arm], seed, steps))
 
 
 def make_plan(rows):
@@ -166,12 +234,20 @@ def make_plan(rows):
     tuned = {arm: study.tuning(arm) for arm in ARMS}
     if None in tuned.values():   # no final before every arm is tuned
         return study
-    for setting in SETTINGS:
-        for arm, point in tuned.items():
-            if setting != "8k":
-                point = study.learning_rates(setting, arm, point)
-            if point:
-                study.finals(setting, arm, point)
+    real = {arm: point for arm, point in tuned.items() if arm != "sign"}
+    published = {f"{arm}-published": {**tuned[arm], **PUBLISHED[arm]} for arm in PUBLISHED}
+    study.finals("8k", tuned)
+    study.setting("1k", {**tuned, **published})
+    for arm in "adamw", "lion", "steered":
+        study.learning_rates("quick", arm, tuned[arm])
+    study.ablations(tuned)
+    study.sensitivity(tuned)
+    study.setting("1k-x4", {**real, **published})
+    study.lengths(real)
+    study.setting("1k-x16", {**{arm: tuned[arm] for arm in ("adamw", "steered")},
+                             "sophiag-published": published["sophiag-published"]})
+    study.setting("3M", real)
+    study.setting("32k", real)
     return study
 
 
@@ -193,9 +269,10 @@ def machine():
 def start(name, words):
     folder = os.path.join(ROOT, "out", "study", name)
     os.makedirs(folder, exist_ok=True)
+    script = [] if words[0] == "results/shared_noise.py" else ["train.py"]
     with open(os.path.join(folder, "output.txt"), "ab") as output:
         return subprocess.Popen(
-            [sys.executable, "train.py", *words, f"--out_dir={folder}", "--init_from=auto"],
+            [sys.executable, *script, *words, f"--out_dir={folder}", "--init_from=auto"],
             cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=output, stderr=output)
 
 
@@ -233,8 +310,9 @@ def main(argv):
         plan = {name: words for name, words in make_plan(rows).plan.items()
                 if name.startswith(only)}
         if "--commands" in argv:
-            print("\n".join(f"{name}: OMP_NUM_THREADS=1 python train.py {' '.join(words)}"
-                            for name, words in plan.items()))
+            for name, words in plan.items():
+                script = "" if words[0] == "results/shared_noise.py" else "train.py "
+                print(f"{name}: OMP_NUM_THREADS=1 python {script}{' '.join(words)}")
             return
         waiting = [name for name in plan if name not in rows and name not in running]
         while waiting and len(running) < JOBS:

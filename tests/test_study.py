@@ -12,6 +12,12 @@ sys.path.append(str(ROOT / "results"))
 import study  # noqa: E402
 
 
+def config(words):
+    """The settings that a run's words give to train.py."""
+    path, *rest = words[words[0] == "results/shared_noise.py":]
+    return load_config([str(ROOT / path), *rest])
+
+
 def loss(cfg):
     """Lowest at a learning rate of 1/3 percent for all, with a part that each beta1 has alone."""
     return abs(math.log(cfg.learning_rate / 3.3e-3)) + (1 - cfg.beta1 - 0.1) ** 2
@@ -28,8 +34,8 @@ def steps():
         if not new:
             return steps
         for name in new[:7]:
-            cfg = load_config([str(ROOT / plan[name][0]), *plan[name][1:]])
-            rows[name] = {"final_val_loss": "" if "lion/03" in name else str(loss(cfg))}
+            found = str(loss(config(plan[name])))
+            rows[name] = {"final_val_loss": "" if "lion/03" in name else found}
 
 
 def names(plan, *parts):
@@ -58,14 +64,32 @@ def test_a_run_that_is_done_stays_as_it_was_planned(steps):
 
 def test_finals_are_at_the_best_of_at_least_five_learning_rates(steps):
     plan = steps[-1][0]
-    for setting in "1k", "32k":
-        for arm in study.ARMS:
+    for setting in "1k", "3M", "32k":
+        for arm in "adamw", "lion", "sophiag", "steered":
             rates = defaultdict(list)
             for name in names(plan, setting, "lr", arm):
-                cfg = load_config([str(ROOT / plan[name][0]), *plan[name][1:]])
+                cfg = config(plan[name])
                 rates[loss(cfg)].append(cfg.learning_rate)
-            finals = [plan[name] for name in names(plan, setting, "final", arm)]
-            assert [words[-1] for words in finals] == ["--seed=2", "--seed=3", "--seed=4"]
-            chosen = {load_config([str(ROOT / w[0]), *w[1:]]).learning_rate for w in finals}
+            finals = [config(plan[name]) for name in names(plan, setting, "final", arm)]
+            assert {cfg.seed for cfg in finals} >= {2, 3, 4}
+            chosen = {cfg.learning_rate for cfg in finals}
             assert 5 <= len(names(plan, setting, "lr", arm)) <= 8
             assert chosen == {rates[min(rates)][0]}
+
+
+def test_a_close_gap_to_adamw_gets_two_more_seeds():
+    losses = {"adamw": (1.30, 1.31, 1.32), "lion": (1.31, 1.29, 1.33), "sign": (1.40, 1.41, 1.42)}
+    rows = {f"8k/final/{arm}/{seed}": {"final_val_loss": str(loss)}
+            for arm, found in losses.items() for seed, loss in zip((2, 3, 4), found)}
+    plan = study.Study(rows)
+    plan.finals("8k", {arm: {"learning_rate": 1e-3, "momentum": 10, "warmup": 0.1}
+                       for arm in losses})
+    assert set(plan.plan) - set(rows) == {f"8k/final/{arm}/{seed}"
+                                          for arm in ("adamw", "lion") for seed in (5, 6)}
+
+
+def test_memories_in_steps_become_betas():
+    point = {"learning_rate": 1e-3, "momentum": 10, "second": 200, "warmup": 0.1}
+    for arm, interval, beta2 in ("adamw", 10, 0.995), ("steered", 10, 0.95), ("steered", 50, 0.75):
+        cfg = config(study.words("8k", arm, point, 1, interval=interval))
+        assert (cfg.beta1, cfg.beta2, cfg.warmup_iters) == (0.9, beta2, 40)

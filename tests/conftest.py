@@ -1,6 +1,6 @@
 """
-What the tests share: a tiny data set, the settings of a tiny run, ways to run scripts and the
-commands of a page as a user does.
+Shared by all tests: a tiny data set, settings of a tiny run, and functions that run scripts, run
+the commands of a page and compare runs.
 """
 import json
 import multiprocessing
@@ -21,18 +21,19 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
-# pytest --hypothesis-profile=slow tries more.
-for profile, cases in ("slow", 1000), ("normal", 60):
+# pytest --hypothesis-profile=thorough tries more cases.
+for profile, cases in ("thorough", 1000), ("normal", 60):
     settings.register_profile(profile, max_examples=cases, deadline=None,
                               derandomize=profile == "normal",
                               suppress_health_check=[HealthCheck.function_scoped_fixture,
                                                      HealthCheck.too_slow])
     settings.load_profile(profile)
 ROOT = Path(__file__).resolve().parent.parent
-# Small enough for a step in milliseconds; context 32, 8 sequences a step.
+# A step takes milliseconds: context 32, 8 sequences per step.
 TINY = dict(n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=4, total_batch_size=8,
             max_iters=40, warmup_iters=5, lr_decay_iters=40, eval_interval=20, eval_iters=2,
             log_interval=1, learning_rate=1e-3, device="cpu", compile=False)
+TIMES = {"seconds", "hours", "tokens_per_sec", "mfu"}   # differ between two equal runs
 
 
 def flags(**settings):
@@ -40,7 +41,7 @@ def flags(**settings):
 
 
 def command(script, *words, ranks=1):
-    """The command line of a script, under torchrun if there are several ranks."""
+    """The command line of a script. With several ranks, torchrun starts it."""
     run = [sys.executable]
     if ranks > 1:
         run += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
@@ -48,8 +49,7 @@ def command(script, *words, ranks=1):
 
 
 def code_blocks(path):
-    """What a Markdown file tells its reader to run: shell commands without their comments, and
-    Python snippets."""
+    """The shell commands, without comments, and the Python snippets of a Markdown file."""
     text = path.read_text()
     commands = [line.split("#")[0].strip() for block in re.findall(r"```sh\n(.*?)```", text, re.S)
                 for line in block.splitlines()]
@@ -57,6 +57,7 @@ def code_blocks(path):
 
 
 def shell(line, cwd):
+    """Run a shell command, which must succeed. Returns its output."""
     done = subprocess.run(line, shell=True, cwd=cwd, env=environment(), text=True, timeout=300,
                           capture_output=True)
     assert done.returncode == 0, line + "\n" + done.stdout + done.stderr
@@ -64,7 +65,8 @@ def shell(line, cwd):
 
 
 def environment(**changes):
-    """One thread, since sums over another number of threads are not bitwise the same."""
+    """The environment of a process. One thread, because the number of threads changes the last
+    bits of sums."""
     return {**os.environ, "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1", **changes}
 
 
@@ -73,15 +75,15 @@ FORKS = multiprocessing.get_context("forkserver")
 
 class Fork:
     """
-    A script in a fork of a process that has imported PyTorch: it starts in a tenth of a second, and
-    otherwise is a process like another. What it prints is added to files, which may be one. first:
-    a function that it calls before the script begins.
+    A process that runs a script, forked from a process that has imported PyTorch, so that it starts
+    in a tenth of a second. stdout, stderr: files to append its output to, possibly the same file.
+    first: a function that it calls before the script starts.
     """
 
     def __init__(self, script, words, stdout, stderr, first=None, **env):
         with mock.patch.dict(os.environ, environment(PYTHONPATH=str(ROOT),
                                                      CUDA_VISIBLE_DEVICES="")):
-            # torch._dynamo: what every optimizer imports when it is made
+            # every optimizer imports torch._dynamo when it is built
             FORKS.set_forkserver_preload(["pytest", "train", "sample", "compare", "torch._dynamo"])
             forkserver.ensure_running()
         self.process = FORKS.Process(target=_in_fork, args=(script, list(map(str, words)),
@@ -89,7 +91,7 @@ class Fork:
         self.process.start()
 
     def end(self, timeout=120):
-        """Wait for the end: the exit code, or minus the signal that killed it."""
+        """Wait for the end. Returns the exit code, or minus the signal that killed the process."""
         self.process.join(timeout)
         if self.process.is_alive():
             self.process.kill()
@@ -108,7 +110,7 @@ def _in_fork(script, words, output, first, env):
 
 
 def as_ranks(size):
-    """The environment of each rank of a group, as torchrun would set it up."""
+    """The environment of each rank of a process group, as torchrun sets it."""
     if size == 1:
         return [{}]
     with socket.socket() as free:
@@ -119,11 +121,12 @@ def as_ranks(size):
 
 
 def run(script, *words, ranks=1, cwd=ROOT, timeout=300, **env):
-    """Run a script to its end: a CompletedProcess with text output, of all ranks. With an
-    environment of its own it is a process from the start, else a Fork for each rank."""
+    """Run a script to its end. Returns a CompletedProcess with the text output of all ranks. Each
+    rank is a Fork, unless env sets variables: then the script runs in a new Python process."""
     if env:
-        return subprocess.run(command(script, *words), cwd=cwd, env=environment(**env), text=True,
-                              capture_output=True, timeout=timeout)
+        return subprocess.run(command(script, *words, ranks=ranks), cwd=cwd,
+                              env=environment(**env), text=True, capture_output=True,
+                              timeout=timeout)
     with tempfile.TemporaryDirectory() as folder:
         output = [Path(folder) / name for name in ("stdout", "stderr")]
         forks = [Fork(script, words, *output, partial(os.chdir, cwd), **rank)
@@ -133,7 +136,7 @@ def run(script, *words, ranks=1, cwd=ROOT, timeout=300, **env):
 
 
 def train(out_dir, data, *words, ranks=1, **settings):
-    """Run train.py with TINY settings; it must succeed. Returns its output."""
+    """Run train.py with TINY settings, changed by settings. It must succeed. Returns its output."""
     knobs = {**TINY, "dataset": data, "out_dir": out_dir, **settings}
     done = run("train.py", *flags(**knobs), *words, ranks=ranks)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -141,13 +144,63 @@ def train(out_dir, data, *words, ranks=1, **settings):
 
 
 def records(out_dir, key="train/loss"):
-    """The records of a run's metrics.jsonl that have key."""
+    """The records of a run's metrics.jsonl that contain key."""
     with open(Path(out_dir) / "metrics.jsonl") as file:
         return [r for r in map(json.loads, file) if key in r]
 
 
+def assert_same_run(a, b):
+    """Two run directories hold the same records and the same newest checkpoint, bit for bit. Times
+    and settings may differ."""
+    import checkpoint  # PyTorch is slow to import
+    found = []
+    for out_dir in a, b:
+        newest = checkpoint.load(checkpoint.find_latest(str(out_dir))[0])
+        del newest["metrics"]["seconds"], newest["config"]
+        log = [{k: v for k, v in r.items() if k not in TIMES} for r in records(out_dir, "iter")]
+        found.append({"records": log, "checkpoint": newest})
+    assert_equal(*found)
+
+
+def assert_equal(a, b, where="found"):
+    """Two nested structures of dicts, lists, tensors and plain values have the same types, values
+    and, in tensors, bits."""
+    import torch
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_equal(a[key], b[key], f"{where}[{key!r}]")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (left, right) in enumerate(zip(a, b)):
+            assert_equal(left, right, f"{where}[{i}]")
+    elif torch.is_tensor(a):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape), where
+        left, right = (t.reshape(-1).view(torch.uint8) for t in (a, b))
+        assert torch.equal(left, right), where
+    else:
+        assert a == b, where
+
+
+def snapshot(folder):
+    """{path: bytes, or False for a folder} of everything in folder."""
+    return {str(path): path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+
+class MakesFolder:
+    """An object that creates a folder when it is unpickled, as a malicious checkpoint could."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
 def between_log_lines(log_step, begin, end):
-    """Metrics.log_step, followed by begin() and, from the second call on, preceded by end()."""
+    """Wrap Metrics.log_step: call begin() after each call, and end() before each call but the
+    first."""
     begun = False
 
     def wrapped(*args):
@@ -161,7 +214,7 @@ def between_log_lines(log_step, begin, end):
 
 
 def write_data(folder, train_tokens, val_tokens, vocab_size=65, **meta):
-    """A data set of given token ids, in the format of prepare.py."""
+    """Write a data set of the given token ids, in the format of prepare.py. Returns its folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, tokens in ("train", train_tokens), ("val", val_tokens):
         np.asarray(tokens, dtype="<u2").tofile(folder / f"{split}.bin")
@@ -173,18 +226,19 @@ def write_data(folder, train_tokens, val_tokens, vocab_size=65, **meta):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="break training many more times")
+    parser.addoption("--thorough", action="store_true",
+                     help="tests/faults: more faults, a long run, real disks (needs root)")
     parser.addoption("--device", default="cuda", help="where tests/test_cuda.py runs: cuda | cpu")
 
 
 @pytest.fixture(scope="session")
-def slow(pytestconfig):
-    return pytestconfig.getoption("--slow")
+def thorough(pytestconfig):
+    return pytestconfig.getoption("--thorough")
 
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
-    """The repository's files in a folder of their own, so that runs leave nothing here."""
+    """A copy of the repository, so that commands write nothing into the original."""
     folder = tmp_path_factory.mktemp("copy") / "repo"
     listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, text=True,
                             capture_output=True, check=True).stdout.splitlines()
@@ -197,8 +251,8 @@ def copy(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory):
-    """20,000 training tokens in which each depends on the one before, so that there is something to
-    learn; vocabulary 65."""
+    """20,000 training tokens, vocabulary 65. Each token depends on the one before, so a model can
+    learn."""
     rng = np.random.default_rng(0)
     successors = rng.integers(0, 65, (65, 4))
     tokens = [0]

@@ -1,6 +1,6 @@
 """
-Checkpoints: whole or not at all when written, verified when read, unable to run code, the last two
-and the best kept.
+Checkpoints are written completely or not at all, verified when read, and cannot run code. The last
+two and the best are kept.
 """
 import os
 import pickle
@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import MakesFolder, assert_equal
 
 import checkpoint
 from script import UserError
 
 
 def payload(step=10):
-    """A checkpoint's contents, small; the numbers depend on the step."""
+    """The contents of a small checkpoint. Its numbers depend on the step."""
     generator = torch.Generator().manual_seed(step)
     weight = torch.nn.Parameter(torch.randn(64, generator=generator))
     optimizer = torch.optim.AdamW([weight])
@@ -27,19 +28,8 @@ def payload(step=10):
             "best_step": step, "best_val_loss": float("inf"), "metrics": {"wandb_id": None}}
 
 
-def same(a, b):
-    """Whether two nests of dicts, lists, tensors and plain values are equal, types and bits."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    if torch.is_tensor(a):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    return type(a) is type(b) and a == b
-
-
-def refused(path):
-    """The message with which load refuses path: one line that names it."""
+def error_of_load(path):
+    """The message of load's UserError, which is one line and names path."""
     with pytest.raises(UserError) as caught:
         checkpoint.load(str(path))
     message = str(caught.value)
@@ -51,20 +41,21 @@ def steps(folder):
     return [int(Path(path).stem[5:]) for path in checkpoint.list_checkpoints(folder)]
 
 
-def test_what_is_saved_comes_back(tmp_path):
+def test_load_returns_exactly_what_was_saved(tmp_path):
     path = checkpoint.save(tmp_path, payload(), best_step=10)
     assert path == checkpoint.path_of(tmp_path, 10) == str(tmp_path / "ckpt_00000010.pt")
     loaded = checkpoint.load(path)
     assert loaded.pop("version") == checkpoint.FORMAT_VERSION
-    assert same(loaded, payload())
-    assert not same(loaded, payload(11))
+    assert_equal(loaded, payload())
+    with pytest.raises(AssertionError):
+        assert_equal(loaded, payload(11))
     checkpoint.save(tmp_path, {**payload(11), "step": 10}, best_step=10)
-    assert same(loaded, payload())   # mapped from the file, which has another one's place now
+    assert_equal(loaded, payload())   # still mapped from the old file, which was replaced
     assert os.listdir(tmp_path) == ["ckpt_00000010.pt"]
 
 
 def test_the_last_two_and_the_best_are_kept(tmp_path):
-    (tmp_path / "ckpt_final.pt").touch()   # the user's own
+    (tmp_path / "ckpt_final.pt").touch()   # a file of the user
     kept = []
     for step, best in (10, 10), (20, 20), (30, 20), (40, 20), (50, 20), (60, 60), (70, 60):
         checkpoint.save(tmp_path, payload(step), best)
@@ -73,7 +64,7 @@ def test_the_last_two_and_the_best_are_kept(tmp_path):
     assert (tmp_path / "ckpt_final.pt").exists()
 
 
-def test_checkpoints_are_listed_by_step_and_other_names_are_not(tmp_path):
+def test_checkpoints_are_listed_newest_first_and_other_files_are_not(tmp_path):
     for name in "00000009.pt", "99999999.pt", "100000000.pt", "00000020.pt.tmp", "1.pt", "a.pt":
         (tmp_path / f"ckpt_{name}").touch()
     (tmp_path / "xckpt_00000300.pt").touch()
@@ -87,11 +78,11 @@ def no_space(*args):
 
 def half(file):
     file.write(b"half")
-    raise RuntimeError("PytorchStreamWriter failed writing file")   # torch's word for a full disk
+    raise RuntimeError("PytorchStreamWriter failed writing file")   # how torch reports a full disk
 
 
 @pytest.mark.parametrize("fault", ["fsync", "replace", "write"])
-def test_a_failing_save_leaves_the_old_files_and_no_other(tmp_path, monkeypatch, fault):
+def test_a_failed_save_leaves_the_old_files_and_no_other(tmp_path, monkeypatch, fault):
     for step in 10, 20, 30:
         checkpoint.save(tmp_path, payload(step), 10)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
@@ -99,13 +90,13 @@ def test_a_failing_save_leaves_the_old_files_and_no_other(tmp_path, monkeypatch,
         monkeypatch.setattr(torch, "save", lambda contents, file: half(file))
     else:
         monkeypatch.setattr(os, fault, no_space)
-    for step in 30, 40:   # over an old one, and one that would push old ones out
+    for step in 30, 40:   # over an old one, then a new one
         with pytest.raises(UserError, match=f"cannot write .*ckpt_000000{step}.pt"):
             checkpoint.save(tmp_path, {**payload(11), "step": step}, step)
         assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_any_flipped_byte_is_noticed_or_harmless(tmp_path):
+def test_a_flipped_byte_is_an_error_unless_it_changes_nothing(tmp_path):
     path = Path(checkpoint.save(tmp_path, payload(), 10))
     whole = path.read_bytes()
     tensor = whole.index(payload()["model"]["w"].numpy().tobytes())
@@ -120,8 +111,8 @@ def test_any_flipped_byte_is_noticed_or_harmless(tmp_path):
             assert str(path) in str(error)
             continue
         assert place not in inside
-        del loaded["version"]   # what is left undamaged: padding, dates
-        assert same(loaded, payload())
+        del loaded["version"]   # the byte was padding or a date
+        assert_equal(loaded, payload())
 
 
 def test_truncated_files_are_refused(tmp_path):
@@ -129,26 +120,26 @@ def test_truncated_files_are_refused(tmp_path):
     whole = path.read_bytes()
     for length in [0, 1, len(whole) - 1, *range(2, len(whole), 61)]:
         path.write_bytes(whole[:length])
-        refused(path)
+        error_of_load(path)
 
 
-def test_files_of_another_kind_are_refused(tmp_path):
+def test_other_files_are_refused(tmp_path):
     path = tmp_path / "ckpt_00000010.pt"
-    assert "No such file" in refused(path)
+    assert "No such file" in error_of_load(path)
     path.mkdir()
-    refused(path)
+    error_of_load(path)
     path.rmdir()
     without_optimizer = {k: v for k, v in payload().items() if k != "optimizer"}
     for other in torch.zeros(3), {"model": {}}, [payload()], without_optimizer:
         torch.save(other, path)
-        assert "not a checkpoint" in refused(path)
+        assert "not a checkpoint" in error_of_load(path)
     torch.save(payload(), path, _use_new_zipfile_serialization=False)   # has no checksums
-    refused(path)
+    error_of_load(path)
     path.write_text("Not a checkpoint.\n" * 100)
-    refused(path)
+    error_of_load(path)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("readme.txt", "a zip file")
-    refused(path)
+    error_of_load(path)
 
 
 @pytest.mark.parametrize("version", [{}, {"version": checkpoint.FORMAT_VERSION + 1},
@@ -156,41 +147,31 @@ def test_files_of_another_kind_are_refused(tmp_path):
 def test_another_format_version_is_refused(tmp_path, version):
     path = tmp_path / "ckpt_00000010.pt"
     torch.save({**payload(), **version}, path)
-    assert f"version {version.get('version')}" in refused(path)
-
-
-class Payload:
-    """Runs when it is unpickled: makes a folder."""
-
-    def __init__(self, mark):
-        self.mark = str(mark)
-
-    def __reduce__(self):
-        return os.mkdir, (self.mark,)
+    assert f"version {version.get('version')}" in error_of_load(path)
 
 
 @pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
-def test_nothing_in_a_checkpoint_runs(tmp_path, form):
+def test_loading_a_checkpoint_runs_no_code_from_it(tmp_path, form):
     path, mark = tmp_path / "ckpt_00000010.pt", tmp_path / "mark"
-    contents = {**payload(), "version": checkpoint.FORMAT_VERSION, "metrics": Payload(mark)}
+    contents = {**payload(), "version": checkpoint.FORMAT_VERSION, "metrics": MakesFolder(mark)}
     if form == "pickle":
         path.write_bytes(pickle.dumps(contents))
     else:
         torch.save(contents, path, _use_new_zipfile_serialization=form == "zip")
-    message = refused(path)
+    message = error_of_load(path)
     assert not mark.exists()
     if form == "zip":
         assert "could run code" in message
         torch.load(path, weights_only=False)
-        assert mark.exists()   # the payload would have worked
+        assert mark.exists()   # without our check it does run
 
 
-def test_the_newest_good_one_is_found_and_the_bad_ones_named(tmp_path):
+def test_find_latest_returns_the_newest_good_checkpoint_and_names_the_bad_ones(tmp_path):
     assert checkpoint.find_latest(tmp_path) == (None, [])
     paths = {step: Path(checkpoint.save(tmp_path, payload(step), 10)) for step in (10, 20, 30)}
     assert checkpoint.find_latest(tmp_path) == (str(paths[30]), [])
     paths[30].write_bytes(paths[30].read_bytes()[:-100])
-    torch.save(Payload(tmp_path / "mark"), paths[20])
+    torch.save(MakesFolder(tmp_path / "mark"), paths[20])
     path, messages = checkpoint.find_latest(tmp_path)
     assert path == str(paths[10])
     assert [str(p) in m for p, m in zip((paths[30], paths[20]), messages)] == [True, True]
@@ -200,10 +181,10 @@ def test_the_newest_good_one_is_found_and_the_bad_ones_named(tmp_path):
     assert not (tmp_path / "mark").exists()
 
 
-def test_a_folder_with_a_run_is_not_used_again(tmp_path):
+def test_a_folder_that_holds_a_run_is_refused(tmp_path):
     checkpoint.check_unused(tmp_path)
     checkpoint.check_unused(tmp_path / "missing")
-    (tmp_path / "config.json").write_text("{}")   # of a run that wrote no checkpoint
+    (tmp_path / "config.json").write_text("{}")   # its run wrote no checkpoint
     checkpoint.check_unused(tmp_path)
     checkpoint.save(tmp_path, payload(), 10)
     with pytest.raises(UserError, match="holds a run already.*resume"):

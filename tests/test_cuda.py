@@ -1,6 +1,6 @@
 """
-What is promised on CUDA, a test a promise; skipped where there is no CUDA. `pytest --device=cpu
-tests/test_cuda.py` runs the same bodies on a CPU, with gloo in place of NCCL and no CUDA graph.
+Promises on CUDA, one test each, skipped without a CUDA device. `pytest --device=cpu
+tests/test_cuda.py` runs the same tests on a CPU, with gloo instead of NCCL and without CUDA graphs.
 """
 import math
 import resource
@@ -13,8 +13,17 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import ROOT, TINY, between_log_lines, command, environment, flags, records, run
-from test_train import OPTIMIZERS, assert_same_run
+from conftest import (
+    ROOT,
+    TINY,
+    assert_same_run,
+    between_log_lines,
+    command,
+    environment,
+    flags,
+    records,
+    run,
+)
 from torch.nn.parallel import DistributedDataParallel as DDP
 from transformers import AutoModelForCausalLM
 
@@ -29,6 +38,7 @@ from metrics import Metrics
 from model import GPT, GPTConfig
 from sophia import SophiaG
 
+OPTIMIZERS = ("sophiag", "adamw", "lion")
 SETTINGS = {**TINY, "max_iters": 20, "eval_interval": 10, "hessian_interval": 5, "compile": True,
             "dtype": "bfloat16"}
 
@@ -43,7 +53,7 @@ def device(pytestconfig):
 
 @pytest.fixture(autouse=True)
 def signals():
-    """train.py's handlers go when a test ends."""
+    """Restore the signal handlers that train.py replaces."""
     names = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP
     handlers = [signal.getsignal(name) for name in names]
     yield
@@ -52,7 +62,7 @@ def signals():
 
 
 def train_here(out_dir, data, device, **settings):
-    """A run of train.py's loop in this process; returns its records of training steps."""
+    """Run train.py's loop in this process. Returns the records of its training steps."""
     knobs = {**SETTINGS, "dataset": data, "out_dir": out_dir, "device": device.type, **settings}
     cfg = load_config(flags(**knobs))
     train.train(cfg, ddp.setup(pick_device(cfg.device)))
@@ -69,7 +79,7 @@ def trained(device, tiny_data, tmp_path_factory):
 
 
 def assert_close(found, wanted):
-    """Within what bfloat16 allows: 0.02 of a loss (they start at 4.85), 1% and 10% of a norm."""
+    """Equal up to bfloat16's precision: 0.02 of a loss near 4.85, 1% and 10% of a norm."""
     assert [r["iter"] for r in found] == [r["iter"] for r in wanted]
     for a, b in zip(found, wanted):
         assert a["train/loss"] == pytest.approx(b["train/loss"], abs=0.02)
@@ -86,7 +96,7 @@ def test_bfloat16_compiled_agrees_with_float32_on_a_cpu(trained, tiny_data, tmp_
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_checkpoint_of_the_device_resumes_on_a_cpu(trained, tiny_data, tmp_path, optimizer):
+def test_a_checkpoint_from_the_device_resumes_on_a_cpu(trained, tiny_data, tmp_path, optimizer):
     for name in "ckpt_00000010.pt", "metrics.jsonl":
         shutil.copy(trained[optimizer] / name, tmp_path)
     resumed = train_here(tmp_path, tiny_data, torch.device("cpu"), optimizer=optimizer,
@@ -96,7 +106,7 @@ def test_a_checkpoint_of_the_device_resumes_on_a_cpu(trained, tiny_data, tmp_pat
         assert float(state.get("step", 20)) == 20
 
 
-def test_a_run_of_the_device_is_exported(trained, device, tmp_path):
+def test_a_run_on_the_device_exports_to_transformers(trained, device, tmp_path):
     export.main([str(trained["sophiag"]), f"--out={tmp_path}/hf"])
     saved = checkpoint.load(trained["sophiag"] / "ckpt_00000020.pt")
     ours = GPT(GPTConfig(**saved["model_args"])).to(device).eval()
@@ -109,7 +119,7 @@ def test_a_run_of_the_device_is_exported(trained, device, tmp_path):
 
 
 def updated(make, device, step_of, steps=6):
-    """Parameters and state after steps of an optimizer, the last of whose gradients is skipped."""
+    """Parameters, state and statistics after `steps` steps, the last one skipped by found_inf."""
     rng = torch.Generator().manual_seed(0)
     shapes = [(64, 96), (96, 64), (6144,), (7,), (), *[(768,)] * 5]
     params = [torch.nn.Parameter(torch.randn(shape, generator=rng).to(device)) for shape in shapes]
@@ -134,7 +144,7 @@ def updated(make, device, step_of, steps=6):
 
 
 def assert_same_updates(found, wanted):
-    """To 1% of a step, since m / (rho B h) magnifies the rounding of m where h is small."""
+    """Equal to 1% of a step, because m / (rho B h) magnifies the rounding of m where h is small."""
     assert len(found) == len(wanted) > 20 and wanted[0].abs().max() > 1
     for a, b in zip(found, wanted):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
@@ -164,7 +174,7 @@ def captured(optimizer):
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3):   # makes the state, compiles
+        for _ in range(3):   # create the state and compile
             optimizer.step()
     torch.cuda.current_stream().wait_stream(stream)
     for state in optimizer.state.values():
@@ -177,7 +187,7 @@ def captured(optimizer):
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_captured_step_equals_an_eager_one(device, fused):
-    """With a learning rate that changes between replays."""
+    """The learning rate changes between replays."""
     def make(params, **settings):
         return MAKERS["sophiag"](params, **settings, lr=torch.tensor(1e-3, device=device))
 
@@ -189,7 +199,7 @@ def test_a_captured_step_equals_an_eager_one(device, fused):
                                               ("sophiag", "float16")])
 def test_the_host_does_not_wait_between_log_lines(device, tiny_data, tmp_path, monkeypatch,
                                                   optimizer, dtype):
-    """In steps 11-20 and 21-30, when all has been compiled. PyTorch raises at what waits."""
+    """In steps 11-20 and 21-30, after compilation. PyTorch raises an error at a wait."""
     modes = iter(["error", "default"] * 2 + ["default"])   # at log lines: after, before, after...
 
     def next_mode():
@@ -209,7 +219,7 @@ def test_the_host_does_not_wait_between_log_lines(device, tiny_data, tmp_path, m
 
 
 def peak(device, function):
-    """Peak memory, in bytes, of the second call; on a CPU, of the process so far."""
+    """Peak memory in bytes of the second call; on a CPU, of the process so far."""
     function()
     if device.type != "cuda":
         function()
@@ -220,8 +230,8 @@ def peak(device, function):
 
 
 def test_a_hessian_pass_peaks_no_higher_than_a_training_pass(device):
-    """GPT-2's vocabulary and width; 2% for what the allocator rounds, more where the compiler's
-    memory counts too."""
+    """With GPT-2's vocabulary and width. 2% covers the allocator's rounding; a CPU's figure also
+    contains the compiler's memory."""
     rows, length = (8, 1024) if device.type == "cuda" else (1, 512)
     cfg = load_config(flags(batch_size=rows, total_batch_size=rows, n_layer=4, dtype="bfloat16"))
     torch.manual_seed(0)
@@ -241,7 +251,7 @@ def test_a_hessian_pass_peaks_no_higher_than_a_training_pass(device):
 @pytest.mark.parametrize("optimizer", ["sophiag", "adamw"])
 def test_float16_recovers_from_overflow_in_both_passes(device, tiny_data, tmp_path, monkeypatch,
                                                        optimizer):
-    """Scaled by 2**30, losses overflow until the scale has been halved often enough."""
+    """The loss scale starts at 2**30, so losses overflow until it has been halved often enough."""
     monkeypatch.setattr(torch.amp, "GradScaler",
                         partial(torch.amp.GradScaler, init_scale=2.0 ** 30))
     log = train_here(tmp_path, tiny_data, device, optimizer=optimizer, dtype="float16",
@@ -249,7 +259,7 @@ def test_float16_recovers_from_overflow_in_both_passes(device, tiny_data, tmp_pa
     hessian = optimizer == "sophiag"
     assert [r["train/skipped"] for r in log[:4]] == ([1, 3, 4, 6] if hessian else [1, 2, 3, 4])
     assert log[-1]["train/skipped"] < 20
-    assert log[0]["param_norm"] == log[3]["param_norm"]   # nothing moved
+    assert log[0]["param_norm"] == log[3]["param_norm"]   # these steps changed nothing
     if hessian:
         assert log[3]["hessian_norm"] == 0 < log[-1]["hessian_norm"]
     assert log[-1]["train/loss"] < log[0]["train/loss"] - 0.05
@@ -258,8 +268,8 @@ def test_float16_recovers_from_overflow_in_both_passes(device, tiny_data, tmp_pa
     assert math.log2(saved["scaler"]["scale"]) == 30 - log[-1]["train/skipped"]
 
 
-def test_a_deterministic_run_resumes_bitwise(device, tiny_data, tmp_path):
-    """Each start in a process of its own, as cuBLAS asks."""
+def test_a_deterministic_run_resumes_bit_for_bit(device, tiny_data, tmp_path):
+    """Each start is a new process, which cuBLAS needs to be deterministic."""
     for name, end, start in ("whole", 20, "scratch"), ("parts", 10, "scratch"), ("parts", 20,
                                                                                  "resume"):
         knobs = {**SETTINGS, "dataset": tiny_data, "device": device.type, "dropout": 0.1,
@@ -270,14 +280,14 @@ def test_a_deterministic_run_resumes_bitwise(device, tiny_data, tmp_path):
 
 
 def test_cached_generation_equals_uncached(device):
-    """Each token that was chosen with cached keys and values is, within TF32's rounding, the
-    likeliest after a pass over all tokens before it."""
+    """Each token chosen with cached keys and values is, up to TF32's rounding, the most likely one
+    after a full pass over the tokens before it."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=65, block_size=128, n_layer=4, n_head=4, n_embd=64))
     model = model.to(device).eval()
     with torch.no_grad():
         for p in model.transformer.h.parameters():
-            p.mul_(5)   # else every token repeats the one before
+            p.mul_(5)   # otherwise every token repeats the last one
     idx = model.generate(torch.randint(65, (4, 8), device=device), 120, temperature=0)
     assert idx.shape == (4, 128) and len(idx[:, 8:].unique()) > 10
     with torch.no_grad():
@@ -286,15 +296,15 @@ def test_cached_generation_equals_uncached(device):
     assert (logits.amax(2) - chosen).max() < 0.01 * logits.std()
 
 
-def test_process_group_of_the_device(device):
-    """NCCL and gloo in one group, of one rank: DDP's gradients and our collectives."""
+def test_the_process_group_of_the_device_averages_gradients_and_runs_our_collectives(device):
+    """One rank, with NCCL and gloo in one group."""
     cpu = device.type == "cpu"
     dist.init_process_group("gloo" if cpu else "cpu:gloo,cuda:nccl", store=dist.HashStore(),
                             rank=0, world_size=1, device_id=None if cpu else device)
     try:
         torch.manual_seed(0)
         raw_model = GPT(GPTConfig(vocab_size=64, block_size=32, n_layer=2, n_head=2, n_embd=32))
-        raw_model = raw_model.to(device)   # of no padded class, as F.cross_entropy knows none
+        raw_model = raw_model.to(device)   # F.cross_entropy knows no padded class
         model = DDP(raw_model, device_ids=None if cpu else [device], gradient_as_bucket_view=True)
         x, y = torch.randint(64, (2, 8, 32), device=device)
         scaler = torch.amp.GradScaler(device.type, enabled=False)
@@ -315,7 +325,7 @@ def test_process_group_of_the_device(device):
         ddp.cleanup()
 
 
-def test_as_many_ranks_as_gpus_give_the_losses_of_one(device, tiny_data, tmp_path):
+def test_one_rank_per_gpu_gives_the_losses_of_one_rank(device, tiny_data, tmp_path):
     ranks = torch.cuda.device_count() if device.type == "cuda" else 2
     if ranks < 2:
         pytest.skip("there is one GPU")

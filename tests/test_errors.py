@@ -1,8 +1,6 @@
 """
-Mistakes of a user, end to end: each ends in one line that names what is wrong, exit code 2, and no
-file touched.
+Every user mistake, end to end: one line that names the mistake, exit code 2, and no file changed.
 """
-import os
 import re
 import shutil
 import subprocess
@@ -10,17 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, command, environment, flags, run
+from conftest import ROOT, TINY, MakesFolder, command, environment, flags, run, snapshot
 
 GOOD = flags(**{**TINY, "dataset": "./data", "out_dir": "new", "max_iters": 4, "warmup_iters": 1,
-                "eval_interval": 2})   # with these words nothing is wrong
-
-
-class Payload:
-    """Runs when it is unpickled: makes a folder in the working directory."""
-
-    def __reduce__(self):
-        return os.mkdir, ("mark_of_the_payload",)
+                "eval_interval": 2})   # no mistake
 
 
 def cut(raw):
@@ -28,10 +19,11 @@ def cut(raw):
 
 
 NEWEST, OLDER = "run/ckpt_00000004.pt", "run/ckpt_00000002.pt"
+CODE = MakesFolder("made_by_a_checkpoint")   # in the working directory
 RESUME = "--out_dir=run --init_from=resume --max_iters=6 "
 FINETUNE = "--init_from=run "
 
-# name: (what the line must name, words after GOOD, {file: its text, an edit of it or None}).
+# {mistake: (words in the error, arguments after GOOD, {file: new text, edit or None to delete})}
 TRAIN = {
     "unknown flag": ("n_layers n_layer", "--n_layers=3", {}),
     "unknown name in a file": ("c.py learningrate learning_rate", "c.py",
@@ -68,8 +60,8 @@ TRAIN = {
     "only damaged checkpoints": (NEWEST, RESUME, {NEWEST: cut, OLDER: None}),
     "auto with only damaged ones": (NEWEST[4:], "--out_dir=run --init_from=auto",
                                     {NEWEST: cut, OLDER: None}),
-    "only a checkpoint with code": (NEWEST, RESUME, {NEWEST: Payload(), OLDER: None}),
-    "finetuning a checkpoint with code": (NEWEST, f"--init_from={NEWEST}", {NEWEST: Payload()}),
+    "only a checkpoint with code": (NEWEST, RESUME, {NEWEST: CODE, OLDER: None}),
+    "finetuning a checkpoint with code": (NEWEST, f"--init_from={NEWEST}", {NEWEST: CODE}),
     "finetuning only damaged ones": (NEWEST, FINETUNE, {NEWEST: cut, OLDER: cut}),
     "finetuning nothing": ("nowhere", "--init_from=nowhere", {}),
     "finetuning an empty folder": ("empty", "--init_from=empty", {}),
@@ -91,7 +83,7 @@ OTHERS = {
     "empty folder": ("sample.py", "empty", "empty", {}),
     "missing run": ("sample.py", "nowhere", "nowhere", {}),
     "not a checkpoint": ("sample.py", "meta.json", "data/meta.json", {}),
-    "checkpoint with code": ("sample.py", NEWEST, NEWEST, {NEWEST: Payload()}),
+    "checkpoint with code": ("sample.py", NEWEST, NEWEST, {NEWEST: CODE}),
     "only damaged checkpoints": ("sample.py", NEWEST, "run", {NEWEST: cut, OLDER: cut}),
     "missing prompt file": ("sample.py", "nowhere.txt", "run --prompt=FILE:nowhere.txt", {}),
     "negative temperature": ("sample.py", "temperature", "run --temperature=-1", {}),
@@ -108,7 +100,8 @@ OTHERS = {
 
 @pytest.fixture(scope="module")
 def good_place(tmp_path_factory, tiny_data):
-    """A folder with data/ and more/, data sets, empty/, and run/, a run with two checkpoints."""
+    """A folder with two data sets, data/ and more/, with empty/, and with run/, a run with two
+    checkpoints."""
     place = tmp_path_factory.mktemp("good") / "place"
     for name in "data", "more":
         shutil.copytree(tiny_data, place / name)
@@ -120,7 +113,7 @@ def good_place(tmp_path_factory, tiny_data):
 
 @pytest.fixture
 def place(good_place, tmp_path, monkeypatch):
-    """A copy of good_place, as the working directory."""
+    """The working directory: a copy of good_place."""
     shutil.copytree(good_place, tmp_path / "place")
     monkeypatch.chdir(tmp_path / "place")
     return Path()
@@ -139,12 +132,8 @@ def make_mistake(place, edits):
             torch.save(edit, path)
 
 
-def snapshot(place):
-    return {str(path): path.is_file() and path.read_bytes() for path in place.rglob("*")}
-
-
 def check(script, done, named):
-    """That a CompletedProcess is a refusal that names all of named."""
+    """The CompletedProcess ended with one line of error that contains all words of named."""
     assert "Traceback" not in done.stdout + done.stderr, done.stderr
     assert done.stderr.startswith(f"{script}: error: "), done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
@@ -152,8 +141,9 @@ def check(script, done, named):
     assert all(word in done.stderr for word in named.split()), done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mistake", TRAIN)
-def test_train(place, mistake):
+def test_a_mistake_with_train_is_one_line_and_changes_no_file(place, mistake):
     named, words, edits = TRAIN[mistake]
     make_mistake(place, edits)
     before = snapshot(place)
@@ -162,7 +152,7 @@ def test_train(place, mistake):
 
 
 @pytest.mark.parametrize("mistake", OTHERS)
-def test_sample_and_compare(place, mistake):
+def test_a_mistake_with_sample_or_compare_is_one_line_and_changes_no_file(place, mistake):
     script, named, words, edits = OTHERS[mistake]
     make_mistake(place, edits)
     before = snapshot(place)
@@ -171,20 +161,21 @@ def test_sample_and_compare(place, mistake):
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_a_token_beyond_the_vocabulary(place, split):
-    """Found when it is read, so the new run has begun; nothing that was there is touched."""
+def test_a_token_beyond_the_vocabulary_is_one_line(place, split):
+    """It shows when the token is read. By then the new run exists, but no old file has changed."""
     path = place / "data" / f"{split}.bin"
-    path.write_bytes(b"\x41\x00" * (path.stat().st_size // 2))   # 65, where ids end at 64
+    path.write_bytes(b"\x41\x00" * (path.stat().st_size // 2))   # token 65; the last valid id is 64
     before = snapshot(place)
     check("train.py", run("train.py", *GOOD, cwd="."), f"{split}.bin 65")
     assert before.items() <= snapshot(place).items()
     assert not list(place.glob("new/ckpt_*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script, word, named", [
     ("train.py", "--seeds=1", "seeds"), ("sample.py", "nowhere", "nowhere"),
     ("compare.py", "nowhere", "nowhere")])
-def test_a_fork_says_what_a_process_of_its_own_says(script, word, named):
+def test_a_fork_prints_the_same_error_as_a_new_process(script, word, named):
     own = subprocess.run(command(script, word), env=environment(), capture_output=True, text=True)
     check(script, own, named)
     fork = run(script, word)
@@ -193,24 +184,26 @@ def test_a_fork_says_what_a_process_of_its_own_says(script, word, named):
 
 
 def root_cause(done):
-    """(rank, text) of the failure that torchrun's summary calls the root cause."""
+    """(rank, text) of the root cause in torchrun's summary."""
     assert done.returncode == 1
     report = done.stderr.split("Root Cause")[1]
     pattern = r" rank +: (\d+) .* traceback : (.*?)\s*\n==="
     return re.search(pattern, report, re.S).groups()
 
 
-def test_torchruns_summary_shows_the_line():
+@pytest.mark.slow
+def test_torchruns_summary_shows_the_line_of_error():
     done = subprocess.run(command("train.py", *GOOD, "--total_batch_size=9", ranks=2),
                           env=environment(), capture_output=True, text=True)
     line = "error: total_batch_size=9 is not divisible by batch_size=4 x 2 ranks; change either"
     assert root_cause(done)[1] == line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error, shown", [
     ("UserError('no tokens')", "error: no tokens"),
     ("KeyError('mistake of ours')", r"Traceback .*, in main\n.*KeyError: 'mistake of ours'")])
-def test_torchruns_summary_shows_what_a_rank_other_than_0_met(tmp_path, error, shown):
+def test_torchruns_summary_shows_an_error_of_a_rank_other_than_0(tmp_path, error, shown):
     script = tmp_path / "failing.py"
     script.write_text(f"""import os, time
 from script import UserError, run_script
@@ -226,10 +219,11 @@ run_script(main)
     assert rank == "1" and re.fullmatch(shown, text, re.S), text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words, end", [("", "at step 4"), (RESUME, "at step 6"),
                                         (FINETUNE, "at step 4")])
-def test_what_the_mistakes_are_made_in_is_good(place, words, end):
-    """Else each test above could pass for another reason."""
+def test_without_a_mistake_the_commands_succeed(place, words, end):
+    """Otherwise the tests above could pass for another reason."""
     done = run("train.py", *GOOD, *words.split(), cwd=".")
     assert (done.returncode, done.stderr) == (0, "") and f"finished {end}" in done.stdout
     for script in ("sample.py", "run", "--prompt=!", "--max_new_tokens=1"), ("compare.py", "run"):

@@ -1,10 +1,9 @@
 """
-Training that is broken on purpose. A Run is a run directory in which train.py is started again and
-again, mostly with a fault, until it ends; it must then be bit for bit the run that nobody
-disturbed.
+Tools of the fault tests. A Run is a run directory. A test starts train.py in it several times,
+mostly with a fault, until training finishes. The result must equal an undisturbed run bit for bit.
 
-A fault is a function called in the process before train.py runs: it changes limits, or has the
-process kill itself at a certain call of a certain function.
+A fault is a function that the process calls before train.py starts. It lowers a limit, or makes the
+process kill itself at the n-th call of some function.
 """
 import importlib
 import os
@@ -14,22 +13,21 @@ import sys
 import time
 from functools import partial
 
-import torch
-from conftest import ROOT, TINY, Fork, as_ranks, flags, records
+import pytest
+from conftest import ROOT, TINY, Fork, as_ranks, assert_same_run, flags
 
 import checkpoint
 
-STEP = "ddp.seed_step"   # a function that is called once in each step, before anything moves
+STEP = "ddp.seed_step"   # called once per step, before the step changes anything
 TIMEOUT = 120   # seconds after which a test gives up
-# Dropout, whose random numbers must be resumed too; log lines that do not fall on checkpoints.
+# Dropout, because its random state must be resumed too; log lines that miss the checkpoints.
 SETTINGS = {**TINY, "dropout": 0.1, "log_interval": 3, "eval_interval": 10, "eval_iters": 1,
             "grad_clip": 0.5}
 ALWAYS_SAVING = {"eval_interval": 1}
-TIMES = {"seconds", "hours", "tokens_per_sec"}
 
 
 class Process(Fork):
-    """train.py with its output in one file."""
+    """A process of train.py that writes its output to one file."""
 
     def __init__(self, log, words, fault=None, **env):
         self.log = log
@@ -40,7 +38,7 @@ class Process(Fork):
         return self.log.read_text(errors="replace")
 
     def wait_for(self, text):
-        """Return as soon as text has been printed."""
+        """Wait until the process has printed text."""
         give_up = time.monotonic() + TIMEOUT
         while text not in self.output():
             assert self.process.is_alive() and time.monotonic() < give_up, (text, self.output())
@@ -51,7 +49,7 @@ class Process(Fork):
 
 
 class Run:
-    """A run directory under folder. settings: changes of SETTINGS."""
+    """A run directory in folder. settings override SETTINGS."""
 
     def __init__(self, folder, data, **settings):
         self.folder, self.out_dir = folder, folder / "run"
@@ -60,66 +58,74 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
 
     def start(self, *words, fault=None, **env):
-        """Start train.py, which resumes if there is something to resume from: a Process."""
+        """Start train.py and return its Process. It resumes if there is a checkpoint."""
         self.starts += 1
         log = self.folder / f"log{self.starts}"
         return Process(log, [*self.words, "--init_from=auto", *words], fault, **env)
 
     def start_ranks(self, *words, faults=(None, None)):
-        """Start train.py once for each of faults, as ranks of one group: a list of Process."""
+        """Start one rank of train.py per fault, in one process group: a list of Process."""
         return [self.start(*words, fault=fault, **rank)
                 for rank, fault in zip(as_ranks(len(faults)), faults)]
 
     def finish(self, *words):
-        """Train to the end, undisturbed; returns the output."""
+        """Train to the end without a fault; returns the output."""
         process = self.start(*words)
         assert process.end() == 0, process.output()
         return process.output()
 
     def checkpoints(self):
-        """Steps of the checkpoints that can be loaded, oldest first."""
+        """The steps of all loadable checkpoints, oldest first."""
         return [checkpoint.load(path)["step"]
                 for path in reversed(checkpoint.list_checkpoints(self.out_dir))]
 
     def newest(self):
-        """Step of the newest checkpoint that can be loaded, 0 if there is none."""
+        """The step of the newest loadable checkpoint, or 0."""
         return max(self.checkpoints(), default=0)
 
-    def records(self):
-        return [{k: v for k, v in record.items() if k not in TIMES}
-                for record in records(self.out_dir, "iter")]
 
-    def final(self):
-        """Everything in the last checkpoint but the times."""
-        found = checkpoint.load(checkpoint.find_latest(self.out_dir)[0])
-        del found["metrics"]["seconds"], found["config"]
-        return found
+def finished_run(folder, data, **settings):
+    """A Run that was trained to the end without a fault."""
+    run = Run(folder, data, **settings)
+    run.finish()
+    return run
+
+
+def finish_ranks(run):
+    """Train to the end on two ranks without a fault."""
+    ranks = run.start_ranks()
+    assert [rank.end() for rank in ranks] == [0, 0], [rank.output() for rank in ranks]
 
 
 def assert_same(run, undisturbed):
-    """All records, and weights, optimizer state and whatever else the last checkpoint holds."""
-    assert run.records() == undisturbed.records()
-    assert_equal(run.final(), undisturbed.final())
+    assert_same_run(run.out_dir, undisturbed.out_dir)
 
 
-def assert_equal(a, b, where="checkpoint"):
-    assert type(a) is type(b), where
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_equal(a[key], b[key], f"{where}[{key!r}]")
-    elif isinstance(a, list):
-        assert len(a) == len(b), where
-        for i, (left, right) in enumerate(zip(a, b)):
-            assert_equal(left, right, f"{where}[{i}]")
-    else:
-        assert torch.equal(a, b) if torch.is_tensor(a) else a == b, where
+def assert_refused(process, *named):
+    """The process exits with code 2, and its last line is an error that contains all of named."""
+    assert process.end() == 2, process.output()
+    lines = process.output().splitlines()
+    errors = [line for line in lines if "error" in line]
+    assert lines[-1:] == errors and "Traceback" not in process.output(), process.output()
+    assert all(word in errors[0] for word in named), errors
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, tiny_data):
+    """A finished run without a fault."""
+    return finished_run(tmp_path_factory.mktemp("undisturbed"), tiny_data)
+
+
+@pytest.fixture
+def run(tiny_data, tmp_path):
+    """A run directory with nothing in it yet."""
+    return Run(tmp_path, tiny_data)
 
 
 # ---------------------------------------------------------------- faults
 
 def set_up(*calls):
-    """A fault: each of calls, [function, *arguments]."""
+    """A fault made of several: each call is [function, *arguments]."""
     return partial(_call_all, calls)
 
 
@@ -129,8 +135,8 @@ def _call_all(calls):
 
 
 def at(name, number, when, act, *words):
-    """A fault: act(*words) in the process, before or after its number-th call of a function such
-    as "os.replace"."""
+    """A fault: call act(*words) before or after the process's number-th call of the function name,
+    for example "os.replace"."""
     return partial(_wrap, *name.split("."), number, when, act, words)
 
 
@@ -155,7 +161,7 @@ def signal_self(*names):
         signal.raise_signal(getattr(signal, name))
 
 
-if __name__ == "__main__":   # under torchrun: in start number n, from 0, rank n % 2 is killed
+if __name__ == "__main__":   # torchrun starts this; in start n = 0, 1, ... rank n % 2 is killed
     start, kills = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(sys.argv[1])
     if start < kills and int(os.environ["RANK"]) == start % 2:
         at(STEP, 15, "before", signal_self, "SIGKILL")()

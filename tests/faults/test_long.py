@@ -1,4 +1,4 @@
-"""A long run, in slow mode: memory, open files and the time of a step do not grow."""
+"""Memory, open files and time per step do not grow in a long run. Runs with --thorough only."""
 import os
 import time
 from pathlib import Path
@@ -8,12 +8,15 @@ import pytest
 from conftest import records
 from harness import Run
 
+pytestmark = pytest.mark.slow
+
 STEPS = 2000
 
 
-def test_nothing_grows_over_thousands_of_steps(tiny_data, tmp_path, slow, capsys):
-    if not slow:
-        pytest.skip("with --slow")
+def test_memory_files_and_step_time_do_not_grow_over_2000_steps(tiny_data, tmp_path, thorough,
+                                                                capsys):
+    if not thorough:
+        pytest.skip("needs --thorough")
     run = Run(tmp_path, tiny_data, max_iters=STEPS, lr_decay_iters=STEPS, eval_interval=50,
               log_interval=10)
     process = run.start()
@@ -23,7 +26,7 @@ def test_nothing_grows_over_thousands_of_steps(tiny_data, tmp_path, slow, capsys
             pages = int((folder / "statm").read_text().split()[1])
             samples.append((process.output().count(" lr "), pages * os.sysconf("SC_PAGE_SIZE"),
                             len(os.listdir(folder / "fd"))))
-        except (OSError, IndexError):   # it has just ended
+        except (OSError, IndexError):   # the process has just ended
             break
         time.sleep(0.05)
     assert process.end() == 0, process.output()
@@ -38,5 +41,5 @@ def test_nothing_grows_over_thousands_of_steps(tiny_data, tmp_path, slow, capsys
               f"in 1000 steps; {files.min()} to {files.max()} files; {first:.2f} ms a step in the "
               f"first quarter, {last:.2f} in the last")
     assert slope < 1
-    assert files.max() - files.min() <= 3   # a checkpoint, its folder and metrics.jsonl's
+    assert files.max() - files.min() <= 3   # a checkpoint, its folder, metrics.jsonl
     assert last < 1.5 * first

@@ -1,6 +1,6 @@
 """
-train.py, and then a line of JSON: the graphs that torch.compile made, and how far the backward pass
-had come, as a share of its time, when DDP could start to exchange the middle one of its buckets.
+Runs train.py, then prints a line of JSON. graphs: number of graphs that torch.compile made. share:
+how much of the backward pass had passed when DDP could exchange its middle bucket.
 """
 import json
 import statistics

@@ -1,6 +1,6 @@
 """
-A device made of CPU memory, on which the host's reads can be counted: train.py's loop on it, for
-test_host_syncs.py. Prints, as JSON, what happened between each two log lines.
+Runs train.py's loop on a fake device in CPU memory that counts the host's reads, for
+test_host_syncs.py. Prints, as JSON, the events between each two log lines.
 
     fake_device.py [reading] --key=value ...   # reading: the host reads the loss at each step
 """
@@ -19,7 +19,7 @@ import train
 from configurator import load_config
 from metrics import Metrics
 
-# Of operations whose result, or its shape, the host must know, such as item, equal and nonzero.
+# Tags of operations whose result, or its shape, the host must know: item, equal, nonzero.
 READS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
@@ -33,8 +33,8 @@ FAR = torch.device("far", 0)
 
 
 class FarTensor(torch.Tensor):
-    """Reports the device FAR; its values are those of `near`, a CPU tensor that only FarDevice
-    reads."""
+    """A tensor that reports the device FAR. `near` is the CPU tensor with its values, which only
+    FarDevice reads."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -50,13 +50,13 @@ class FarTensor(torch.Tensor):
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
         raise AssertionError(f"{function} outside FarDevice")
 
-    def tolist(self):   # PyTorch has none for subclasses
+    def tolist(self):   # PyTorch has no tolist for subclasses
         return self.cpu().tolist()
 
 
 class FarDevice(TorchDispatchMode):
-    """Runs what uses FAR on the CPU. events: {name: calls} of reads, which wait for a real device,
-    and of uploads, which do so from memory that is not pinned."""
+    """Runs operations on FAR on the CPU. events: {name: calls} of reads and uploads. On a real
+    device, a read waits, and an upload waits if its memory is not pinned."""
 
     def __init__(self):
         super().__init__()
@@ -92,7 +92,7 @@ class FarDevice(TorchDispatchMode):
 
 
 def register(device):
-    """Register what torch.tensor(..., device=FAR) calls, which passes by TorchDispatchMode."""
+    """Register what torch.tensor(..., device=FAR) calls, which bypasses TorchDispatchMode."""
     aten, everything = torch.library.Library("aten", "IMPL"), torch.library.Library("_", "IMPL")
 
     def empty_strided(size, stride, dtype=None, layout=None, device=None, pin_memory=None):
@@ -106,11 +106,11 @@ def register(device):
     aten.impl("empty_strided", empty_strided, "PrivateUse1")
     aten.impl("_copy_from", copy_from, "PrivateUse1")
     everything.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
-    return aten, everything   # registered as long as they live
+    return aten, everything   # they stay registered as long as these objects live
 
 
 def reading(accumulate_gradients):
-    """accumulate_gradients, after which the host reads the loss, each time in another way."""
+    """Wrap accumulate_gradients: afterwards the host reads the loss, each time in another way."""
     ways = itertools.cycle((torch.Tensor.item, float, int, bool, torch.Tensor.cpu,
                             FarTensor.tolist, lambda t: torch.zeros(()).copy_(t),
                             torch.nonzero))
@@ -126,7 +126,7 @@ def main(argv):
     if argv[0] == "reading":
         train.accumulate_gradients = reading(train.accumulate_gradients)
         argv = argv[1:]
-    torch.__future__.set_swap_module_params_on_conversion(True)   # else tied weights part
+    torch.__future__.set_swap_module_params_on_conversion(True)   # keeps tied weights tied
     device, found = FarDevice(), []
     registered = register(device)
     Metrics.log_step = between_log_lines(Metrics.log_step, device.events.clear,

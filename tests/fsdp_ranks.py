@@ -1,9 +1,9 @@
 """
-One rank of tests/test_fsdp.py: trains a model sharded by fully_shard and an unsharded copy of it on
-the same batches, and compares them.
+One rank of tests/test_fsdp.py: trains a model sharded by fully_shard and an unsharded copy on the
+same batches, and compares them.
 
-    python tests/fsdp_ranks.py train FOLDER    # 10 steps, which are then saved
-    python tests/fsdp_ranks.py resume FOLDER   # 10 more steps from there
+    python tests/fsdp_ranks.py train FOLDER    # trains 10 steps and saves
+    python tests/fsdp_ranks.py resume FOLDER   # resumes and trains 10 more
 """
 import itertools
 import os
@@ -20,11 +20,11 @@ from torch.distributed.tensor import DTensor
 from lion import Lion
 from sophia import SophiaG
 
-STEPS, HALF, K, ROWS = 20, 10, 4, 8   # rows of a batch, over all ranks
+STEPS, HALF, K, ROWS = 20, 10, 4, 8   # ROWS: the batch over all ranks
 
 
 def make_model():
-    """Of 3 rows in one layer, so that a shard of two ranks is larger than the other's."""
+    """The last layer has 3 rows, so two ranks get shards of unequal size."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 3, bias=False))
 
@@ -37,7 +37,7 @@ def make_optimizer(params, name, fused, target):
 
 
 def backward(model, seed, ranks, rank):
-    """The gradient of the mean loss over a batch, of which this rank has one of `ranks` parts."""
+    """Compute the gradient of the mean loss over a batch, of which each rank has a part."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(ROWS, 16, generator=generator).chunk(ranks)[rank]
     y = torch.randint(0, 3, (ROWS,), generator=generator).chunk(ranks)[rank]

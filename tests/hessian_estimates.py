@@ -1,9 +1,9 @@
 """
-Many estimates of the Hessian diagonal by the trainer's own code, for test_train.py; under torchrun
-with any number of ranks.
+Estimates the Hessian diagonal many times with the trainer's own code, on any number of ranks, for
+test_train.py.
 
     hessian_estimates.py ESTIMATOR DATA OUT.npz ESTIMATES [shared]
-                                                # shared: all ranks get rank 0's noise
+                                                # shared: all ranks use rank 0's noise
 """
 import sys
 from contextlib import nullcontext

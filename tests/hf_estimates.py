@@ -1,6 +1,6 @@
 """
-A script for one process or several: many Hessian estimates by examples/hf_trainer.py at fixed
-weights. Rank 0 saves bs h, without the bias of its zero start, and the exact Gauss-Newton diagonal.
+Estimates the Hessian many times with examples/hf_trainer.py at fixed weights, in one or several
+processes. Rank 0 saves bs h, corrected for its zero start, and the exact Gauss-Newton diagonal.
 """
 import gc
 import sys
@@ -20,7 +20,7 @@ STEPS, BETA2 = 300, 0.998
 
 
 def gauss_newton_diagonal(model, block):
-    """The mean over a block's predictions of E_y |grad log p(y)|^2, label by label."""
+    """The mean of E_y |grad log p(y)|^2 over a block's predictions, label by label."""
     params = list(model.parameters())
     diagonal = [torch.zeros_like(p) for p in params]
     log_probs = model(input_ids=block["input_ids"][None]).logits[0, :-1].log_softmax(-1)
@@ -42,7 +42,7 @@ def main(out_dir):
         out_dir, max_steps=STEPS, per_device_train_batch_size=2, gradient_accumulation_steps=2,
         max_grad_norm=0, lr_scheduler_type="constant", save_strategy="no", disable_tqdm=True,
         use_cpu=True)
-    # Five micro-batches an epoch: the last of its three updates has one. One label is padding.
+    # Five micro-batches per epoch, so the last of three updates has one. One label is padding.
     tokens = torch.tensor([1, 4, 2, 6, 0, 3])
     labels = torch.tensor([1, 4, 2, 6, 0, -100])
     blocks = [{"input_ids": tokens, "labels": labels}] * (10 * args.world_size)

@@ -1,6 +1,6 @@
 """
-A script that Lightning runs in two processes: the first Hessian estimate of
-examples/lightning_module.py, and the same gradient computed in one process from all drawn labels.
+Lightning runs this in two processes. Saves the first Hessian estimate of
+examples/lightning_module.py, and the same gradient computed in one process from all sampled labels.
 """
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Settings: what files and flags may say, what is derived, and the shipped configs' numbers."""
+"""Settings: files, flags and their errors, derived values, and the numbers in config/."""
 import dataclasses
 import json
 
@@ -9,8 +9,8 @@ from configurator import FIELDS, TrainConfig, load_config, to_json
 from script import UserError
 
 CONFIGS = sorted((ROOT / "config").glob("*.py"))
-# size: layers, heads, width, then (learning rate, min_lr) of AdamW, Lion, SophiaG, SophiaG's rho.
-# arXiv 2305.14342 and the official configs; typed in by hand, so that a slip in config/ shows.
+# {size: layers, heads, width, (learning rate, min_lr) of AdamW, Lion and SophiaG, SophiaG's rho}.
+# From arXiv 2305.14342 and the official configs, typed by hand, so that a typo in config/ shows.
 PUBLISHED = {
     "small": (12, 12, 768, (6e-4, 3e-5), (1e-4, 1e-5), (6e-4, 1.5e-5), 0.05),
     "medium": (24, 16, 1024, (3e-4, 6e-5), (1e-4, 1e-5), (7e-4, 1e-5), 0.08),
@@ -21,7 +21,7 @@ SHARED = dict(dataset="openwebtext", block_size=1024, total_batch_size=480, toke
               grad_clip=1.0, dropout=0.0, bias=False, scale_attn_by_inverse_layer_idx=True)
 OWN = {"out_dir", "wandb_run_name", "optimizer", "learning_rate", "min_lr", "weight_decay", "beta1",
        "beta2", "rho", "target_win_rate", "hessian_estimator", "hessian_interval",
-       "hessian_batch_size"}   # knobs that runs differ in
+       "hessian_batch_size"}   # the optimizer's own settings
 
 
 def write(tmp_path, text, name="config.py"):
@@ -40,8 +40,8 @@ def error(*words, world_size=1):
 def test_every_config_loads(path):
     cfg = load_config([str(path)])
     assert cfg.optimizer == path.stem.rsplit("_", 1)[1]
-    assert cfg.optimizer in cfg.out_dir   # runs of two optimizers do not collide
-    # A quickstart's 8 sequences are one micro-batch: for 8 ranks it has to be smaller.
+    assert cfg.optimizer in cfg.out_dir   # so that optimizers do not share a folder
+    # A quickstart's 8 sequences are one micro-batch, which 8 ranks must divide.
     words = ["--batch_size=1"] if path.stem.startswith("quickstart") else []
     assert load_config([str(path), *words], 8).tokens_per_step == cfg.tokens_per_step
 
@@ -65,7 +65,7 @@ def test_gpt2_configs_hold_the_published_numbers(size, optimizer):
 
 @pytest.mark.parametrize("optimizer, lr, decay, betas", [
     ("sophiag", 2e-4, 0.15, (0.965, 0.99)), ("adamw", 1.2e-4, 0.1, (0.9, 0.95))])
-def test_gpt2_xl_has_what_the_authors_gave_for_their_run(optimizer, lr, decay, betas):
+def test_gpt2_xl_configs_hold_the_authors_numbers(optimizer, lr, decay, betas):
     """Official repository, issue 15."""
     cfg = load_config([str(ROOT / f"config/train_gpt2_xl_{optimizer}.py")])
     assert (cfg.n_layer, cfg.n_head, cfg.n_embd) == (48, 25, 1600)
@@ -79,10 +79,10 @@ def test_quickstarts_differ_only_in_the_optimizers_own_knobs():
     assert {config["optimizer"] for config in configs} == {"adamw", "lion", "sophiag"}
     shared = [{k: v for k, v in config.items() if k not in OWN} for config in configs]
     assert all(other == shared[0] for other in shared)
-    assert shared[0]["dataset"] == "pystdlib"   # the one that needs no download
+    assert shared[0]["dataset"] == "pystdlib"   # it needs no download
 
 
-def test_later_wins_in_whatever_order(tmp_path):
+def test_the_last_setting_wins_in_files_and_flags(tmp_path):
     a = write(tmp_path, "seed = 1\nn_layer = 3\n", "a.py")
     b = write(tmp_path, "seed = 2\n", "b.py")
     for words, seed in ([a, b], 2), ([b, a], 1), ([a, "--seed=5", b], 2), ([a, b, "--seed=6"], 6):
@@ -96,7 +96,7 @@ def test_later_wins_in_whatever_order(tmp_path):
     ("--wandb_run_name=a=b c", "a=b c"), ("--compile=True", "True"), ("--compile=false", "False"),
     ("learning_rate = 1", 1.0), ("learning_rate = 1e-3", 1e-3), ("bias = True", True),
     ("compile = False", "False"), ("weight_decay = None", 0.2), ("hessian_batch_size = 24", 24)])
-def test_values_of_flags_and_files(tmp_path, setting, value):
+def test_flags_and_files_give_typed_values(tmp_path, setting, value):
     cfg = load_config([setting if setting.startswith("--") else write(tmp_path, setting)])
     found = getattr(cfg, setting.strip("-").split("=")[0].strip())
     assert found == value and type(found) is type(value)
@@ -109,7 +109,7 @@ def test_values_of_flags_and_files(tmp_path, setting, value):
     "max_iters = 1.0", "max_iters = True", "learning_rate = True", "learning_rate = '1e-3'",
     "bias = 1", "out_dir = 3", "out_dir = None", "dataset = ['a']", "compile = 1", "min_lr = True",
     "hessian_batch_size = 1.5", "min_lr = float('nan')"])
-def test_wrong_types_in_flags_and_files(tmp_path, setting):
+def test_a_value_of_the_wrong_type_is_an_error(tmp_path, setting):
     name, flag = setting.strip("-").split("=")[0].strip(), setting.startswith("--")
     message = error(setting if flag else write(tmp_path, setting))
     assert name in message and ("command line" if flag else "config.py") in message
@@ -118,13 +118,13 @@ def test_wrong_types_in_flags_and_files(tmp_path, setting):
 @pytest.mark.parametrize("typo, meant", [
     ("learningrate", "learning_rate"), ("n_layers", "n_layer"), ("max_iter", "max_iters"),
     ("hess_interval", "hessian_interval"), ("optimiser", "optimizer")])
-def test_typos_name_the_nearest_knob(tmp_path, typo, meant):
+def test_a_typo_names_the_nearest_setting(tmp_path, typo, meant):
     path = write(tmp_path, f"seed = 1\n{typo} = 1\n")
     for message, where in (error(f"--{typo}=1"), "command line"), (error(path), path):
         assert where in message and f" {typo}; did you mean {meant}?" in message
 
 
-def test_what_a_file_may_hold_besides_knobs(tmp_path):
+def test_a_config_file_may_import_and_define_helpers(tmp_path):
     path = write(tmp_path, "import math, os.path as where\nfrom json import loads\n"
                  "from math import sqrt\n_half = 0.5\n__author__ = 'me'\n"
                  "def double(x):\n    return 2 * x\nclass Note:\n    pass\n"
@@ -139,12 +139,12 @@ def test_what_a_file_may_hold_besides_knobs(tmp_path):
     ("def f():\n    raise KeyError('x')\nseed = f()\n", 2, "KeyError"),
     ("seed = len(FIELDS)\n", 1, "NameError"),      # a global of configurator.py
     ("seed = _of_another_file\n", 1, "NameError")])
-def test_a_file_that_raises(tmp_path, text, line, kind):
+def test_a_config_file_that_raises_is_an_error_with_its_line(tmp_path, text, line, kind):
     words = write(tmp_path, "_of_another_file = 3\n", "a.py"), write(tmp_path, text)
     assert f"config.py, line {line}: {kind}" in error(*words)
 
 
-def test_flags_are_never_evaluated(tmp_path):
+def test_flags_are_never_evaluated_as_code(tmp_path):
     mark = tmp_path / "mark"
     code = f"__import__('pathlib').Path({str(mark)!r}).touch()"
     assert load_config([f"--out_dir={code}"]).out_dir == code
@@ -169,7 +169,7 @@ def test_flags_are_never_evaluated(tmp_path):
     *((f"--{name}=-1", f"{name} negative") for name in
       ("seed", "learning_rate", "eval_iters", "max_iters", "warmup_iters", "weight_decay",
        "grad_clip", "rho"))])
-def test_impossible_settings(flags, named):
+def test_impossible_settings_are_errors_that_name_them(flags, named):
     message = error(*flags.split())
     assert all(word in message for word in named.split()), message
     assert "7 ranks" in error(world_size=7)   # 480 sequences in sevenths of 12
@@ -179,7 +179,7 @@ def test_impossible_settings(flags, named):
 @pytest.mark.parametrize("total, micro, ranks, wanted", [
     (480, 12, 1, 240), (480, 12, 8, 240), (480, 10, 16, 240), (10, 5, 1, 5), (10, 1, 2, 6),
     (9, 1, 1, 5), (9, 3, 3, 6), (6, 1, 6, 6), (1, 1, 1, 1)])
-def test_hessian_batch_is_half_rounded_up_to_the_ranks(total, micro, ranks, wanted):
+def test_the_hessian_batch_is_half_the_batch_rounded_up_to_the_ranks(total, micro, ranks, wanted):
     cfg = load_config([f"--total_batch_size={total}", f"--batch_size={micro}", "--block_size=64"],
                       ranks)
     assert cfg.hessian_batch_size == wanted
@@ -188,7 +188,7 @@ def test_hessian_batch_is_half_rounded_up_to_the_ranks(total, micro, ranks, want
 
 @pytest.mark.parametrize("total, ranks, wanted", [(480, 1, 32), (480, 24, 48), (8, 1, 1),
                                                   (16, 2, 2)])
-def test_hutchinson_takes_a_fifteenth_rounded_up_to_the_ranks(total, ranks, wanted):
+def test_hutchinsons_batch_is_a_fifteenth_rounded_up_to_the_ranks(total, ranks, wanted):
     cfg = load_config([f"--total_batch_size={total}", "--batch_size=1",
                        "--hessian_estimator=hutchinson"], ranks)
     assert cfg.hessian_batch_size == wanted
@@ -196,7 +196,7 @@ def test_hutchinson_takes_a_fifteenth_rounded_up_to_the_ranks(total, ranks, want
 
 @pytest.mark.parametrize("optimizer, beta1, beta2, weight_decay", [
     ("sophiag", 0.965, 0.99, 0.2), ("adamw", 0.9, 0.95, 0.1), ("lion", 0.95, 0.98, 0.6)])
-def test_derived_values(optimizer, beta1, beta2, weight_decay):
+def test_derived_settings_follow_the_others_unless_given(optimizer, beta1, beta2, weight_decay):
     cfg = load_config([f"--optimizer={optimizer}", "--learning_rate=3e-3", "--max_iters=5000",
                        "--out_dir=some/where/"])
     assert (cfg.beta1, cfg.beta2, cfg.weight_decay) == (beta1, beta2, weight_decay)
@@ -207,7 +207,7 @@ def test_derived_values(optimizer, beta1, beta2, weight_decay):
     assert {name: getattr(cfg, name) for name in said} == said
 
 
-def test_help_prints_every_knob(capsys):
+def test_help_prints_every_setting(capsys):
     with pytest.raises(SystemExit, match="^0$"):
         load_config(["--help"])
     text = capsys.readouterr().out
@@ -218,7 +218,7 @@ def test_help_prints_every_knob(capsys):
         assert words[:len(expected)] == expected
 
 
-def test_resolved_settings_are_frozen_and_survive_json():
+def test_settings_are_frozen_and_survive_json():
     cfg = load_config([str(ROOT / "config" / "train_gpt2_medium_sophiag.py")])
     assert TrainConfig(**json.loads(to_json(cfg))) == cfg
     with pytest.raises(dataclasses.FrozenInstanceError):

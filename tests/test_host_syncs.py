@@ -1,4 +1,4 @@
-"""Between two log lines the host reads nothing from the device, so that it can run ahead of it."""
+"""Between two log lines the host never waits for the device."""
 import json
 
 import pytest
@@ -12,28 +12,29 @@ CASES = {"sophiag": {}, "float16": {"dtype": "float16"}, "steered": {"target_win
 
 
 def on_fake_device(out_dir, data, *words, **settings):
-    """The events between each two log lines of a run with SETTINGS."""
+    """Run with SETTINGS on the fake device. Returns the events between each two log lines."""
     knobs = {**SETTINGS, "dataset": data, "out_dir": out_dir, **settings}
     done = run("tests/fake_device.py", *words, *flags(**knobs))
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_nothing_is_read_between_log_lines(tiny_data, tmp_path, case):
-    """Not by training steps nor by Hessian updates; and the only uploads are batches: one tensor a
-    step and two a Hessian update, of which there are 3 in steps 6 to 10 and 2 in 11 to 15."""
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * bool(settings))
+                                  for case, settings in CASES.items()])
+def test_the_host_reads_nothing_between_log_lines(tiny_data, tmp_path, case):
+    """Neither in training steps nor in Hessian updates. Only batches are uploaded: one tensor per
+    step and two per Hessian update. Steps 6 to 10 have 3 updates, steps 11 to 15 have 2."""
     settings = CASES[case]
     found = on_fake_device(tmp_path / "far", tiny_data, **settings)
     updates = (0, 0) if "optimizer" in settings else (3, 2)
     assert found == [{"upload": 5 + 2 * n} for n in updates]
-    if "dtype" not in settings:   # autocast leaves the fake device alone
+    if "dtype" not in settings:   # autocast does not act on the fake device
         train(tmp_path / "cpu", tiny_data, **{**SETTINGS, **settings})
         assert [r["train/loss"] for r in records(tmp_path / "far")] == pytest.approx(
             [r["train/loss"] for r in records(tmp_path / "cpu")], abs=1e-5)
 
 
-def test_every_kind_of_read_is_seen(tiny_data, tmp_path):
+def test_the_fake_device_notices_every_kind_of_read(tiny_data, tmp_path):
     found = on_fake_device(tmp_path, tiny_data, "reading", optimizer="adamw", log_interval=1)
-    assert len(found) == 14   # as many as there are ways, and more
+    assert len(found) == 14   # more than there are kinds
     assert all(sum(n for name, n in events.items() if "read" in name) == 1 for events in found)

@@ -1,4 +1,4 @@
-"""Lion against a float64 NumPy reference written from the paper's Algorithm 2; its interface."""
+"""Lion against a float64 NumPy reference of the paper's Algorithm 2, and its interface."""
 import copy
 
 import numpy as np
@@ -8,6 +8,7 @@ import torch
 from lion import Lion
 
 SHAPES = [(7,), (5, 3), ()]
+FUSED = [False, pytest.param(True, marks=pytest.mark.slow)]   # compiling is slow
 
 
 def gradients(step):
@@ -24,7 +25,7 @@ def run(optimizer, params, steps, dtype, first=1):
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("maximize", [False, True])
-def test_fifty_steps_equal_the_reference(dtype, tolerance, maximize):
+def test_fifty_steps_equal_the_papers_algorithm_in_float64(dtype, tolerance, maximize):
     lr, (beta1, beta2), decay = 3e-3, (0.95, 0.98), 0.6
     params = [torch.nn.Parameter(torch.tensor(g, dtype=dtype)) for g in gradients(0)]
     thetas = [p.detach().double().numpy().copy() for p in params]
@@ -55,6 +56,7 @@ def test_state_dict_round_trip_continues_exactly():
     assert all(torch.equal(p, q) for p, q in zip(params, copies))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_fused_equals_eager(dtype, tolerance):
     outcomes = []
@@ -74,7 +76,7 @@ def test_fused_equals_eager(dtype, tolerance):
         torch.testing.assert_close(compiled, eager, rtol=tolerance, atol=tolerance)
 
 
-def test_tensor_lr_closure_and_parameters_without_gradient():
+def test_a_tensor_lr_and_a_closure_work_and_parameters_without_a_gradient_do_not_move():
     p, idle = torch.nn.Parameter(torch.tensor([2.0])), torch.nn.Parameter(torch.ones(1))
     optimizer = Lion([p, idle], lr=torch.tensor(0.5))
 
@@ -88,7 +90,7 @@ def test_tensor_lr_closure_and_parameters_without_gradient():
     assert p.item() == 1.5 and idle.item() == 1.0
 
 
-def test_sparse_complex_and_impossible_settings_are_refused():
+def test_sparse_and_complex_gradients_and_impossible_settings_are_refused():
     embedding = torch.nn.Embedding(4, 2, sparse=True)
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(RuntimeError, match="sparse"):
@@ -102,7 +104,7 @@ def test_sparse_complex_and_impossible_settings_are_refused():
             Lion([torch.nn.Parameter(torch.ones(1))], **bad)
 
 
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("fused", FUSED)
 def test_found_inf_skips_a_step(fused):
     results = []
     for skip in False, True:

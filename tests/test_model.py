@@ -1,8 +1,9 @@
-"""GPT against Hugging Face's GPT-2, and the Gauss-Newton-Bartlett loss against exact softmax
-statistics."""
+"""GPT against Hugging Face's GPT-2, and the Gauss-Newton-Bartlett estimate against the exact
+diagonal."""
 import math
 from dataclasses import replace
 
+import hessian_estimates
 import numpy as np
 import pytest
 import torch
@@ -21,10 +22,10 @@ def build(config, seed=0):
 
 
 @pytest.mark.parametrize("scaled", [False, True])
-def test_logits_equal_hugging_faces(scaled):
+def test_logits_equal_those_of_hugging_faces_gpt2(scaled):
     config = replace(TINY, vocab_size=128, bias=True, scale_attn_by_inverse_layer_idx=scaled)
     model = build(config)
-    for p in model.parameters():   # biases and norms away from their trivial initial values
+    for p in model.parameters():   # biases and norms start at trivial values
         torch.nn.init.normal_(p, std=0.3)
     theirs = GPT2LMHeadModel(GPT2Config(
         vocab_size=128, n_positions=16, n_embd=32, n_layer=3, n_head=4, bos_token_id=0,
@@ -41,7 +42,7 @@ def test_logits_equal_hugging_faces(scaled):
 
 
 def full_logits(model, idx):
-    """(B, T, vocab_size), the head applied without chunks."""
+    """Logits (B, T, vocab_size), from a head without chunks."""
     return F.linear(model._hidden(idx), model.lm_head.weight)[..., :model.config.vocab_size]
 
 
@@ -64,7 +65,7 @@ def test_loss_and_gradients_equal_those_of_full_logits():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_loss_is_near_float32(dtype):
+def test_autocast_loss_is_close_to_float32(dtype):
     model = build(TINY)
     idx, targets = torch.randint(0, 65, (2, 4, 16))
     wanted = model(idx, targets=targets)
@@ -83,8 +84,8 @@ def test_padded_classes_have_no_logits():
 
 
 def test_sampled_labels_are_real_classes_drawn_from_the_softmax():
-    """The loss on sampled labels equals the loss on the labels that the softmax over real classes
-    gives for the same noise, found here in float64."""
+    """The loss on sampled labels equals the loss on the labels that inverting the softmax's CDF in
+    float64 gives for the same noise."""
     model = build(TINY)
     idx, noise = torch.randint(0, 65, (40, 16)), torch.rand(40, 16)
     noise[0, 0], noise[0, 1] = 0, 1 - 2**-24
@@ -93,8 +94,8 @@ def test_sampled_labels_are_real_classes_drawn_from_the_softmax():
     torch.testing.assert_close(model(idx, label_noise=noise), model(idx, targets=labels))
 
 
-def test_labels_follow_the_softmax():
-    """Chi-square over 65 classes, summed over distributions of very different entropy."""
+def test_sampled_labels_have_the_frequencies_of_the_softmax():
+    """A chi-square test over 65 classes, summed over distributions of very different entropy."""
     torch.manual_seed(0)
     n, chi2, freedom = 20_000, 0.0, 0
     for scale in [0.1, 2.0, 6.0] * 10:
@@ -102,23 +103,22 @@ def test_labels_follow_the_softmax():
         labels = sample_labels(probs.expand(n, 65), torch.rand(n))
         counts = np.bincount(labels.numpy(), minlength=65)
         expected = probs.double().numpy() * n
-        common = expected > 5   # the others are too rare for the statistic
+        common = expected > 5   # rarer classes would distort the statistic
         chi2 += np.sum((counts[common] - expected[common]) ** 2 / expected[common])
         freedom += common.sum() - 1
     assert abs(chi2 - freedom) < 5 * math.sqrt(2 * freedom)
 
 
-def test_label_noise_at_the_borders_of_the_distribution():
-    """Noise u gives the first class whose distribution function exceeds u; never one of
-    probability zero."""
+def test_label_noise_at_a_boundary_never_gives_a_class_of_probability_zero():
+    """Noise u gives the first class whose CDF exceeds u."""
     probs = torch.tensor([[0.0, 0.5, 0.0, 0.25, 0.25, 0.0]]).expand(6, 6)
     noise = torch.tensor([0.0, 0.49, 0.5, 0.74, 0.76, 1 - 2**-24])
     assert sample_labels(probs, noise).tolist() == [1, 1, 3, 3, 4, 4]
 
 
 def exact_gauss_newton_diagonal(model, idx):
-    """diag(mean over tokens of J^T (diag(p) - p p^T) J), with J the Jacobian of a token's logits,
-    by autograd, token by token and class by class."""
+    """diag(mean over tokens of J^T (diag(p) - p p^T) J), by autograd. J is the Jacobian of the
+    logits of one token."""
     params = list(model.parameters())
     logits = full_logits(model, idx).flatten(0, 1)
     diagonal = [torch.zeros_like(p) for p in params]
@@ -132,13 +132,10 @@ def exact_gauss_newton_diagonal(model, idx):
     return torch.cat([d.flatten() for d in diagonal]) / len(logits)
 
 
-def test_gnb_estimate_is_unbiased():
-    """B times the squared gradient of the sampled-label loss, over many draws, averages to the
-    exact Gauss-Newton diagonal: z-scores of all coordinates are those of chance. 64 classes, so
-    that none is padding."""
-    model = build(GPTConfig(vocab_size=64, block_size=4, n_layer=1, n_head=2, n_embd=8)).double()
-    with torch.no_grad():
-        model.lm_head.weight.mul_(20)   # a softmax far from uniform
+def test_the_gauss_newton_bartlett_estimate_is_unbiased():
+    """Over many draws, B times the squared gradient of the sampled-label loss averages to the exact
+    Gauss-Newton diagonal: the z-scores of all coordinates are those of chance."""
+    model = hessian_estimates.build().double()
     idx = torch.randint(0, 64, (2, 4))
     exact = exact_gauss_newton_diagonal(model, idx)
     draws, generator = 1000, torch.Generator().manual_seed(1)
@@ -182,7 +179,7 @@ def test_initialization_follows_gpt2():
             assert (p == (1.0 if "ln" in name and name.endswith("weight") else 0.0)).all(), name
 
 
-def test_dropout_acts_in_training_only():
+def test_dropout_is_active_only_in_training():
     model = GPT(replace(TINY, dropout=0.5))
     idx = torch.zeros(1, 8, dtype=int)
     assert not torch.equal(model(idx), model(idx))
@@ -190,7 +187,7 @@ def test_dropout_acts_in_training_only():
     assert torch.equal(model(idx), model(idx))
 
 
-def test_crop_block_size_keeps_the_function():
+def test_crop_block_size_does_not_change_the_logits():
     model = build(TINY)
     idx = torch.randint(0, 65, (2, 8))
     before = model(idx)
@@ -200,7 +197,7 @@ def test_crop_block_size_keeps_the_function():
         model.crop_block_size(9)
 
 
-def test_greedy_generation_is_the_argmax_and_slides_beyond_the_context():
+def test_greedy_generation_is_the_argmax_with_a_sliding_context():
     model = build(TINY)
     start = torch.randint(0, 65, (2, 3))
     out = model.generate(start, 30, temperature=0)
@@ -211,7 +208,7 @@ def test_greedy_generation_is_the_argmax_and_slides_beyond_the_context():
     assert torch.equal(out, idx)
 
 
-def test_generation_is_seeded_and_top_k_limits_it():
+def test_generation_repeats_with_its_seed_and_respects_top_k():
     model = build(TINY)
     start = torch.zeros(3, 1, dtype=int)
     draws = [model.generate(start, 12, generator=torch.Generator().manual_seed(s), top_k=5)
@@ -222,7 +219,7 @@ def test_generation_is_seeded_and_top_k_limits_it():
     assert (logits.gather(2, draws[0][:, 1:, None])[..., 0] >= fifth).all()
 
 
-def test_top_p_leaves_the_likeliest_tokens_that_make_up_p():
+def test_top_p_keeps_the_most_likely_tokens_that_sum_to_p():
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()[[2, 0, 3, 1]].expand(4000, 4)
     generator = torch.Generator().manual_seed(0)
     for p, wanted in (0.4, {1}), (0.7, {1, 3}), (0.9, {0, 1, 3}), (None, {0, 1, 2, 3}):
@@ -232,7 +229,7 @@ def test_top_p_leaves_the_likeliest_tokens_that_make_up_p():
     torch.testing.assert_close(counts, logits[0].exp(), atol=0.03, rtol=0)
 
 
-def test_greedy_tokens_are_the_argmax_of_one_uncached_pass():
+def test_greedy_tokens_with_the_cache_are_the_argmax_of_one_pass_without_it():
     model = build(TINY)
     idx = torch.randint(0, 65, (2, 5))
     tokens = torch.stack(list(model.stream(idx, 11, temperature=0)), 1)

@@ -1,4 +1,4 @@
-"""Parameter groups, the choice of optimizer, the schedule, and the norms."""
+"""Parameter groups, choice of the optimizer, learning rate schedule and statistics."""
 import math
 
 import pytest
@@ -15,7 +15,7 @@ def config(*words):
     return load_config(["--n_layer=2", "--n_head=2", "--n_embd=16", *words])
 
 
-def test_only_weights_of_linear_layers_decay_and_the_tied_head_is_an_embedding():
+def test_weight_decay_applies_to_linear_layers_only_and_not_to_the_tied_head():
     model = GPT(SMALL)
     decay, rest = parameter_groups(model, 0.3)
     names = {id(p): name for name, p in model.named_parameters()}
@@ -30,19 +30,19 @@ def test_only_weights_of_linear_layers_decay_and_the_tied_head_is_an_embedding()
 @pytest.mark.parametrize("name, kind, betas, decay", [
     ("sophiag", "SophiaG", (0.965, 0.99), 0.2), ("adamw", "AdamW", (0.9, 0.95), 0.1),
     ("lion", "Lion", (0.95, 0.98), 0.6)])
-def test_optimizer_by_name_with_its_published_settings(name, kind, betas, decay):
+def test_each_optimizer_gets_its_published_settings(name, kind, betas, decay):
     optimizer = make_optimizer(config(f"--optimizer={name}"), GPT(SMALL), fused=False)
     assert type(optimizer).__name__ == kind
     group = optimizer.param_groups[0]
     assert group["betas"] == betas and group["weight_decay"] == decay and group["lr"] == 6e-4
-    if name == "sophiag":   # B is tokens of the Hessian batch, which is half the batch
+    if name == "sophiag":   # B: tokens of the Hessian batch, half of the batch
         assert group["bs"] == 240 * 1024 and group["rho"] == 0.05
         other = config("--hessian_estimator=hutchinson", "--target_win_rate=0.3")
         group = make_optimizer(other, GPT(SMALL), fused=False).param_groups[0]
         assert group["bs"] == 1 and group["target_win_rate"] == 0.3
 
 
-def test_schedule_warms_up_decays_and_stays():
+def test_the_learning_rate_warms_up_decays_as_a_cosine_and_stays_at_min_lr():
     cfg = config("--learning_rate=1.0", "--min_lr=0.1", "--warmup_iters=9", "--max_iters=50",
                  "--lr_decay_iters=29")
     assert lr_at(0, cfg) == pytest.approx(0.1) and lr_at(8, cfg) == pytest.approx(0.9)
@@ -55,14 +55,14 @@ def test_schedule_warms_up_decays_and_stays():
     assert lr_at(0, constant) == lr_at(99_999, constant) == 1.0
 
 
-def test_hessian_is_due_after_steps_k_2k_and_only_for_sophiag():
+def test_the_hessian_is_due_every_k_steps_and_only_for_sophiag():
     due = [s for s in range(1, 31) if hessian_due(s, config("--hessian_interval=10"))]
     assert due == [10, 20, 30]
     assert not any(hessian_due(s, config("--optimizer=adamw")) for s in range(1, 31))
 
 
 @pytest.mark.parametrize("name", ["sophiag", "adamw", "lion"])
-def test_statistics_are_the_norms_of_what_the_optimizer_has(name):
+def test_statistics_are_the_norms_of_parameters_and_state(name):
     model = GPT(SMALL)
     optimizer = make_optimizer(config(f"--optimizer={name}"), model, fused=False)
     for p in model.parameters():

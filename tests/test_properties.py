@@ -1,6 +1,6 @@
 """
-Whatever comes in, either a valid result or the one clean error, in one line. More cases with
-pytest --hypothesis-profile=slow.
+Any input gives a valid result or a one-line UserError. `--hypothesis-profile=thorough` tries more
+cases.
 """
 import json
 import math
@@ -33,7 +33,7 @@ NUMBERS = st.sampled_from(["0", "1", "2", "7", "64", "1e-3", "-1", "nan", "inf",
 
 
 def valid(function, *args):
-    """What function returns, or None for a UserError in one line."""
+    """The result of function, or None if it raises a one-line UserError."""
     try:
         return function(*args)
     except UserError as error:
@@ -51,7 +51,7 @@ def well_typed(cfg):
 
 @given(st.lists(st.tuples(st.sampled_from(NAMES), NUMBERS | st.text(max_size=30)), max_size=5),
        st.integers(1, 16))
-def test_command_lines(pairs, ranks):
+def test_any_command_line_gives_valid_settings_or_an_error(pairs, ranks):
     cfg = valid(load_config, [f"--{name}={text}" for name, text in pairs], ranks)
     if cfg:
         well_typed(cfg)
@@ -60,13 +60,13 @@ def test_command_lines(pairs, ranks):
 
 
 @given(st.text(max_size=40).filter(lambda word: word not in ("--help", "-h")))
-def test_any_word(word):
+def test_any_word_gives_valid_settings_or_an_error(word):
     valid(load_config, [word])
 
 
 @given(pairs=st.lists(st.tuples(st.sampled_from([*NAMES, "_private", "unknown"]), JSON),
                       max_size=5))
-def test_config_files(pairs, tmp_path):
+def test_any_config_file_gives_valid_settings_or_an_error(pairs, tmp_path):
     path = tmp_path / "config.py"
     lines = [f"{name} = {value!r}\n".replace("nan", "_nan").replace("inf", "_inf")
              for name, value in pairs]
@@ -83,7 +83,7 @@ META = {"vocab_size": 65, "tokenizer": "bytes", "dtype": "uint16", "eot_id": 64,
 
 @given(changes=st.dictionaries(st.sampled_from([*META, "other"]), JSON, max_size=3),
        drop=st.sets(st.sampled_from(list(META)), max_size=1))
-def test_meta_json(changes, drop, tmp_path):
+def test_any_values_in_meta_json_are_valid_or_an_error(changes, drop, tmp_path):
     folder = write_data(tmp_path, np.arange(500) % 65, np.arange(100) % 65)
     meta = {k: v for k, v in {**META, **changes}.items() if k not in drop}
     (folder / "meta.json").write_text(json.dumps(meta))
@@ -96,7 +96,7 @@ def test_meta_json(changes, drop, tmp_path):
 
 @given(content=st.binary(max_size=200))
 @example(content=NESTED)
-def test_meta_json_of_any_bytes(content, tmp_path):
+def test_any_bytes_in_meta_json_are_valid_or_an_error(content, tmp_path):
     folder = write_data(tmp_path, [1] * 100, [1] * 100)
     (folder / "meta.json").write_bytes(content)
     valid(load_meta, str(folder))
@@ -110,7 +110,7 @@ def make_loader(folder, block_size, batch, ranks, rank):
 
 @given(tokens=st.integers(0, 3000), block_size=st.integers(1, 200), batch=st.integers(1, 5),
        ranks=st.integers(1, 4), step=st.integers(0, 10**12))
-def test_batches_lie_within_the_file(tokens, block_size, batch, ranks, step, tmp_path):
+def test_batches_never_read_past_the_file(tokens, block_size, batch, ranks, step, tmp_path):
     folder = write_data(tmp_path, np.arange(tokens), np.arange(50), vocab_size=3000)
     for rank in range(ranks):
         loader = valid(make_loader, folder, block_size, batch, ranks, rank)
@@ -124,7 +124,7 @@ def test_batches_lie_within_the_file(tokens, block_size, batch, ranks, step, tmp
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A checkpoint: its payload and its bytes."""
+    """A checkpoint: its contents and its bytes."""
     folder = tmp_path_factory.mktemp("saved")
     payload = {"model": {"w": torch.arange(6.0)}, "model_args": {"n_layer": 1}, "optimizer": {},
                "step": 7, "config": {"seed": 1}, "tokenizer": "bytes", "data": "d"}
@@ -132,7 +132,7 @@ def saved(tmp_path_factory):
 
 
 @given(data=st.data())
-def test_changed_checkpoints(saved, tmp_path, data):
+def test_a_changed_checkpoint_is_an_error_or_loads_unchanged(saved, tmp_path, data):
     payload, content = saved
     at = data.draw(st.integers(0, len(content) - 1))
     kind = data.draw(st.sampled_from(["flip", "cut", "insert", "swap"]))
@@ -144,14 +144,14 @@ def test_changed_checkpoints(saved, tmp_path, data):
     path = tmp_path / "ckpt_00000007.pt"
     path.write_bytes(changed)
     found = valid(checkpoint.load, str(path))
-    if found is not None:   # a byte that means nothing
+    if found is not None:   # the change was in unused bytes
         assert torch.equal(found["model"]["w"], payload["model"]["w"])
         assert {k: found[k] for k in payload if k != "model"} == {
             k: v for k, v in payload.items() if k != "model"}
 
 
 @given(content=st.binary(max_size=300))
-def test_checkpoints_of_any_bytes(content, tmp_path):
+def test_any_bytes_as_a_checkpoint_are_an_error(content, tmp_path):
     path = tmp_path / "ckpt_00000001.pt"
     path.write_bytes(content)
     assert valid(checkpoint.load, str(path)) is None
@@ -160,7 +160,7 @@ def test_checkpoints_of_any_bytes(content, tmp_path):
 @given(content=st.binary(max_size=200) | st.lists(JSON.map(json.dumps), max_size=4).map(
     lambda lines: "\n".join(lines).encode("utf-8", "surrogatepass")))
 @example(content=NESTED + b"\n{}\n")
-def test_metrics_of_any_bytes(content, tmp_path):
+def test_any_bytes_in_metrics_jsonl_give_valid_records_or_an_error(content, tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(content)
     for record in valid(read_metrics, str(path)) or []:
@@ -170,7 +170,7 @@ def test_metrics_of_any_bytes(content, tmp_path):
 @given(changes=st.dictionaries(
     st.sampled_from(["n_layer", "n_head", "n_embd", "n_positions", "vocab_size", "model_type",
                      "activation_function", "scale_attn_by_inverse_layer_idx"]), JSON, max_size=2))
-def test_hugging_face_configs(changes, tmp_path):
+def test_any_hugging_face_config_loads_or_is_an_error(changes, tmp_path):
     from safetensors.torch import save_file
     save_file({"wte.weight": torch.zeros(65, 4), "wpe.weight": torch.zeros(8, 4)},
               tmp_path / "model.safetensors")
@@ -182,7 +182,7 @@ def test_hugging_face_configs(changes, tmp_path):
 @given(content=st.binary(max_size=200), suffix=st.sampled_from(
     [".jsonl", ".txt", ".parquet", ".jsonl.gz", ".txt.zst"]))
 @example(content=NESTED[:TXT_BYTES], suffix=".jsonl")
-def test_documents_of_any_bytes(content, suffix, tmp_path):
+def test_any_bytes_as_documents_give_text_or_an_error(content, suffix, tmp_path):
     path = tmp_path / f"file{suffix}"
     path.write_bytes(content)
     source = valid(Files, str(path))
@@ -191,12 +191,12 @@ def test_documents_of_any_bytes(content, suffix, tmp_path):
         assert raw is None or len(raw) <= TXT_BYTES
         try:
             assert isinstance(source.text(0, raw), str)
-        except ValueError as error:   # counted and left out
+        except ValueError as error:   # the caller counts and skips it
             assert str(error)
 
 
-def test_nothing_is_evaluated(tmp_path):
-    """What the shell hands over is text, whatever it looks like."""
+def test_arguments_are_never_evaluated_as_code(tmp_path):
+    """Arguments stay text, whatever they contain."""
     target = tmp_path / "made"
     for word in f"--out_dir=__import__('os').mkdir({str(target)!r})", "--seed=().__class__":
         cfg = valid(load_config, [word])

@@ -1,4 +1,4 @@
-"""SophiaG against a float64 NumPy reference written from the paper's formula, and its interface."""
+"""SophiaG against a float64 NumPy reference of the paper's algorithm, and its interface."""
 import copy
 import warnings
 
@@ -10,11 +10,12 @@ from sophia import SophiaG, sophiag
 
 SHAPES = [(7,), (5, 3), (2, 3, 4), ()]
 SETTINGS = dict(lr=3e-3, betas=(0.9, 0.95), rho=0.03, weight_decay=0.2)
+FUSED = [False, pytest.param(True, marks=pytest.mark.slow)]   # compiling is slow
 
 
 def reference(thetas, grads_at, hessian_grads_at, steps, k, bs, lr, betas, rho, weight_decay,
               sign=1):
-    """Algorithm 3 of arXiv 2305.14342 with h updated after steps k, 2k, ..., in float64."""
+    """Algorithm 3 of arXiv 2305.14342 in float64. h is updated after steps k, 2k, ..."""
     thetas = [t.astype(np.float64) for t in thetas]
     ms, hs = [np.zeros_like(t) for t in thetas], [np.zeros_like(t) for t in thetas]
     for step in range(1, steps + 1):
@@ -30,7 +31,7 @@ def reference(thetas, grads_at, hessian_grads_at, steps, k, bs, lr, betas, rho, 
 
 
 def gradients(kind):
-    """Gradients as a function of the step, of a size at which about half the steps are clipped."""
+    """A function of the step that returns gradients. About half of their updates are clipped."""
     def at(step):
         rng = np.random.default_rng([kind, step])
         return [rng.normal(size=shape) * 10 ** rng.uniform(-2, 0, shape) for shape in SHAPES]
@@ -60,7 +61,7 @@ def relative_error(actual, wanted):
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("changes", [{}, {"maximize": True}, {"weight_decay": 0.0}, {"rho": 3.0}])
-def test_fifty_steps_equal_the_reference(dtype, tolerance, changes):
+def test_fifty_steps_equal_the_papers_algorithm_in_float64(dtype, tolerance, changes):
     params, optimizer = make(dtype, **changes)
     settings = {**SETTINGS, **changes}
     sign = -1 if settings.pop("maximize", False) else 1
@@ -74,12 +75,13 @@ def test_fifty_steps_equal_the_reference(dtype, tolerance, changes):
     assert all(s["step"] == 50 for s in states)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5),
                                               (torch.bfloat16, 0.03)])
 def test_fused_equals_eager(dtype, tolerance):
-    """Also for a view, a non-contiguous parameter, one without a gradient, several of one length,
-    and two groups; and a new lr compiles nothing."""
-    torch.compiler.reset()   # each code object has a limit of graphs
+    """For a view, a non-contiguous parameter, one without a gradient, several of the same length,
+    and two groups. A new lr does not recompile."""
+    torch.compiler.reset()   # torch.compile limits the graphs of each function
     def build(fused):
         base = torch.linspace(-1, 1, 6144, dtype=dtype)
         ps = [torch.nn.Parameter(t.clone()) for t in (base, base.view(64, 96), base[:1], base)]
@@ -94,7 +96,7 @@ def test_fused_equals_eager(dtype, tolerance):
         ps, optimizer = build(fused)
         generator = torch.Generator().manual_seed(0)
         for step in range(steps):
-            if step == 4:   # all that can be has been compiled
+            if step == 4:   # every graph has been compiled by now
                 graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
             optimizer.param_groups[0]["lr"] = 1e-3 * (step + 1)
             for i, p in enumerate(ps):
@@ -125,8 +127,8 @@ def test_statistics_are_norms_of_parameters_and_state():
     assert found["win_rate"] == optimizer.win_rate()
 
 
-def test_reference_clips_some_and_not_all():
-    """The comparison above means something only if both branches are taken."""
+def test_the_compared_steps_clip_some_coordinates_and_not_all():
+    """Otherwise test_fifty_steps would not test both branches."""
     params, optimizer = make(torch.float64)
     run(optimizer, params, 50, 10, torch.float64)
     assert 0.1 < optimizer.win_rate() < 0.9
@@ -148,7 +150,7 @@ def test_functional_update_takes_a_tensor_lr():
     torch.testing.assert_close(*results)
 
 
-def test_groups_have_their_own_settings_and_parameters_without_gradient_stay():
+def test_groups_use_their_own_settings_and_parameters_without_a_gradient_do_not_move():
     a, b, c = (torch.nn.Parameter(torch.ones(2)) for _ in range(3))
     optimizer = SophiaG([{"params": [a]}, {"params": [b, c], "lr": 0.5, "weight_decay": 0.0}],
                         lr=0.1, weight_decay=1.0)
@@ -159,7 +161,7 @@ def test_groups_have_their_own_settings_and_parameters_without_gradient_stay():
     assert c.tolist() == [1, 1] and c not in optimizer.state
 
 
-def test_non_contiguous_and_bfloat16_parameters():
+def test_non_contiguous_and_bfloat16_parameters_are_updated():
     base = torch.ones(4, 6)
     view = torch.nn.Parameter(base.t())
     half = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
@@ -170,7 +172,7 @@ def test_non_contiguous_and_bfloat16_parameters():
     assert optimizer.state[half]["hessian"].dtype == torch.bfloat16
 
 
-def test_bs_of_step_overrides_the_constructors():
+def test_bs_given_to_step_overrides_the_constructors():
     outcomes = []
     for constructor, call in [(None, 20), (20, None), (5, 20), (20, 5)]:
         params, optimizer = make(torch.float64, bs=constructor)
@@ -183,11 +185,11 @@ def test_bs_of_step_overrides_the_constructors():
     assert not torch.equal(outcomes[0], outcomes[3])
 
 
-def test_one_warning_when_bs_is_never_given_and_the_official_default():
+def test_without_bs_the_official_default_is_used_with_one_warning():
     params, optimizer = make(torch.float64, bs=None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        run(optimizer, params, 9, 10, torch.float64)     # no Hessian yet: bs does not matter
+        run(optimizer, params, 9, 10, torch.float64)     # without a Hessian, bs does not matter
     other, given = make(torch.float64, bs=5120)
     run(given, other, 21, 10, torch.float64)
     with pytest.warns(UserWarning, match="bs") as caught:
@@ -222,7 +224,7 @@ def test_state_dict_round_trip_continues_exactly():
 
 
 @pytest.mark.parametrize("step_shape", [(), (1,)])
-def test_official_state_dict_loads_and_trains_on(step_shape):
+def test_an_official_state_dict_loads_and_training_continues(step_shape):
     """The official class has no bs and, with capturable, a step of shape (1,)."""
     params, optimizer = make(torch.float32)
     run(optimizer, params, 12, 10, torch.float32)
@@ -239,7 +241,7 @@ def test_official_state_dict_loads_and_trains_on(step_shape):
     assert all(torch.equal(p, q) for p, q in zip(params, copies))
 
 
-def test_official_state_dict_without_bs_anywhere_warns():
+def test_an_official_state_dict_warns_if_bs_is_never_given():
     params, optimizer = make(torch.float32)
     run(optimizer, params, 10, 10, torch.float32)
     official = copy.deepcopy(optimizer.state_dict())
@@ -251,7 +253,7 @@ def test_official_state_dict_without_bs_anywhere_warns():
         restored.step()
 
 
-def test_capturable_keeps_step_beside_the_parameter_and_deepcopies():
+def test_capturable_keeps_step_on_the_parameters_device_and_can_be_copied():
     p = torch.nn.Parameter(torch.ones(2))
     p.grad = torch.ones(2)
     optimizer = SophiaG([p], lr=torch.tensor(0.5), weight_decay=0.0, capturable=True)
@@ -260,7 +262,7 @@ def test_capturable_keeps_step_beside_the_parameter_and_deepcopies():
     assert copy.deepcopy(optimizer).state_dict()["param_groups"][0]["capturable"]
 
 
-def test_closure_runs_with_gradients_and_its_loss_is_returned():
+def test_step_runs_a_closure_with_gradients_and_returns_its_loss():
     p = torch.nn.Parameter(torch.tensor([2.0]))
     optimizer = SophiaG([p], lr=0.5, weight_decay=0.0)
 
@@ -273,7 +275,7 @@ def test_closure_runs_with_gradients_and_its_loss_is_returned():
     assert optimizer.step(closure) == 4.0 and p.item() == 1.5
 
 
-def test_sparse_and_complex_are_refused():
+def test_sparse_and_complex_gradients_are_refused():
     embedding = torch.nn.Embedding(4, 2, sparse=True)
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(RuntimeError, match="sparse"):
@@ -293,9 +295,9 @@ def test_impossible_settings_are_refused(bad):
         SophiaG([torch.nn.Parameter(torch.ones(1))], **bad)
 
 
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("fused", FUSED)
 def test_found_inf_skips_a_step_and_a_hessian_update(fused):
-    """Bit for bit as if they had not been called; and where it is 0, as if it were not there."""
+    """found_inf=1 is the same as no call, and found_inf=0 the same as None, bit for bit."""
     results = []
     for skip in False, True:
         torch.manual_seed(0)
@@ -315,8 +317,8 @@ def test_found_inf_skips_a_step_and_a_hessian_update(fused):
 
 
 def steered(rho, groups=1, **settings):
-    """A SophiaG that steers rho to 0.3, and its parameters, in `groups` groups: m and h are given,
-    so that ratios |m| / h are spread over some orders of magnitude."""
+    """(parameters, SophiaG) in `groups` groups, with target_win_rate 0.3. m and h are such that the
+    ratios |m| / h spread over several orders of magnitude."""
     rng = torch.Generator().manual_seed(0)
     params = [torch.nn.Parameter(torch.zeros(1000)) for _ in range(2)]
     size = len(params) // groups
@@ -332,8 +334,8 @@ def steered(rho, groups=1, **settings):
 
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("rho", [0.0002, 0.005, 0.05, 0.5, 5.0])
-def test_rho_steers_the_win_rate_to_its_target(rho, groups):
-    """Within 25 updates from far away, and never past it by more than chance."""
+def test_rho_adapts_until_the_win_rate_is_its_target(rho, groups):
+    """Within 25 updates, and without overshooting by more than chance."""
     params, optimizer = steered(rho, groups)
     rates = []
     for _ in range(25):
@@ -346,7 +348,7 @@ def test_rho_steers_the_win_rate_to_its_target(rho, groups):
     assert all(r == rhos[0] for r in rhos) and optimizer.statistics()["rho"] == rhos[0]
 
 
-def test_steered_rho_follows_its_formula_and_stays_in_bounds():
+def test_adapting_rho_follows_its_formula_and_stays_in_bounds():
     params, optimizer = steered(0.05)
     optimizer.update_hessian()
     at_start = SophiaG(params, rho=0.05, bs=10)
@@ -356,15 +358,15 @@ def test_steered_rho_follows_its_formula_and_stays_in_bounds():
     assert optimizer.param_groups[0]["rho"] == pytest.approx(wanted, rel=1e-6)
     for target, start, bound in (1 - 1e-9, 90.0, 100.0), (1e-9, 2e-4, 1e-4):
         params, optimizer = steered(start, target_win_rate=target)
-        for p in params:   # out of reach
+        for p in params:   # the target cannot be reached
             p.grad.fill_(1e-20 if start > 1 else 1e10)
         for _ in range(3):
             optimizer.update_hessian()
         assert optimizer.param_groups[0]["rho"] == pytest.approx(bound)
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_a_skipped_hessian_update_leaves_rho_alone(fused):
+@pytest.mark.parametrize("fused", FUSED)
+def test_a_skipped_hessian_update_does_not_change_rho(fused):
     _, optimizer = steered(0.05, fused=fused)
     optimizer.update_hessian()
     before = optimizer.param_groups[0]["rho"].item()
@@ -376,7 +378,7 @@ def test_a_skipped_hessian_update_leaves_rho_alone(fused):
     assert optimizer.param_groups[0]["rho"].item() != before
 
 
-def test_the_constructor_says_whether_a_loaded_rho_is_steered():
+def test_the_constructor_decides_whether_a_loaded_rho_adapts():
     params, optimizer = steered(0.05)
     optimizer.update_hessian()
     saved = copy.deepcopy(optimizer.state_dict())
@@ -397,14 +399,14 @@ def test_the_constructor_says_whether_a_loaded_rho_is_steered():
     assert from_fixed.param_groups[0]["rho"] == optimizer.param_groups[0]["rho"]
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_an_estimate_that_is_not_squared_may_be_negative_and_counts_as_zero_then(fused):
+@pytest.mark.parametrize("fused", FUSED)
+def test_a_negative_estimate_of_the_hessian_counts_as_zero(fused):
     p = torch.nn.Parameter(torch.zeros(4))
     optimizer = SophiaG([p], lr=0.1, betas=(0.0, 0.5), rho=0.5, bs=1, weight_decay=0.0, fused=fused)
     p.grad = torch.tensor([4.0, -4.0, -4.0, 0.0])
     optimizer.update_hessian(square=False)
     assert optimizer.state[p]["hessian"].tolist() == [2.0, -2.0, -2.0, 0.0]
-    p.grad = torch.tensor([0.5, 0.5, -1e-6, 3.0])   # the bound is 1, then nothing
+    p.grad = torch.tensor([0.5, 0.5, -1e-6, 3.0])   # bound: 1, then 0
     optimizer.step()
     torch.testing.assert_close(p.detach(), torch.tensor([-0.05, -0.1, 0.1, -0.1]))
     assert optimizer.win_rate() == 0.25

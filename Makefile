@@ -1,12 +1,14 @@
 # make quickstart: train the same small GPT with SophiaG and with AdamW, compare, sample.
-# make test:       the tests, and which lines they reach.
-# make check-gpu:  whether this machine's GPU runs all of this, and how fast.
+# make test:       lint, all tests, and a table of the lines that they reach.
+# make quick:      a subset of the tests, in under a minute.
+# make lint:       ruff alone.
+# make check-gpu:  test and measure this machine's GPU.
 PYTHON ?= python3
 PY = .venv/bin/python
 # Further settings for the runs, e.g. make quickstart ARGS=--max_iters=100
 ARGS ?=
 
-.PHONY: quickstart test check-gpu
+.PHONY: quickstart test quick lint check-gpu
 .DELETE_ON_ERROR:
 
 quickstart: .venv/installed data/pystdlib/meta.json
@@ -17,9 +19,15 @@ quickstart: .venv/installed data/pystdlib/meta.json
 	@echo "Next: look at out/quickstart.png, change a setting of config/quickstart_sophiag.py,"
 	@echo "search a learning rate with sweep.py, or read on in README.md"
 
-test: .venv/installed-tests
+# worksteal: a worker that is done takes tests from the other, so neither core is idle at the end.
+test: lint
+	$(PY) -m pytest -q -n 2 --dist worksteal --durations=10 --cov --cov-report=term
+
+quick: .venv/installed-tests
+	$(PY) -m pytest -q -n 2 --dist worksteal -m "not slow"
+
+lint: .venv/installed-tests
 	$(PY) -m ruff check .
-	$(PY) -m pytest -q -n 2 --dist loadscope --durations=10 --cov --cov-report=term
 
 check-gpu: .venv/installed-tests
 	@$(PY) check_gpu.py $(ARGS)

@@ -1,8 +1,9 @@
-"""What the README says: its commands run, its code runs, its table is the configs'."""
+"""README: its commands and snippets run, and its table shows the numbers of the configs."""
 import contextlib
 import importlib
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -13,8 +14,7 @@ from pathlib import Path
 import pyarrow
 import pytest
 import torch
-from conftest import ROOT, code_blocks, environment, flags, shell
-from conftest import run as ranks_run
+from conftest import ROOT, code_blocks, environment, flags, run, shell
 from pyarrow import parquet
 
 from configurator import load_config
@@ -24,42 +24,48 @@ from model import GPT, GPTConfig
 
 README = (ROOT / "README.md").read_text()
 COMMANDS, SNIPPETS = code_blocks(ROOT / "README.md")
+QUICK = " --max_iters=2 --warmup_iters=1 --eval_iters=1"
 SHORT = dict(n_layer=1, n_head=2, n_embd=32, block_size=32, batch_size=1, total_batch_size=8,
              max_iters=2, eval_iters=1, device="cpu", compile=False, wandb_log=False)
 
 
-def run(line):
-    return line.replace("python", sys.executable, 1)
+def command(word):
+    """The only command of the README that contains word, with this Python."""
+    found, = [line for line in COMMANDS if word in line]
+    torchrun = f"{sys.executable} -m torch.distributed.run"
+    return re.sub("^python", sys.executable, re.sub("^torchrun", torchrun, found))
 
 
-def made(line):
-    """A make command, with this Python in place of the .venv that it would install."""
-    return line.replace("make", f"make -o .venv/installed PY={sys.executable}", 1)
+def make(target):
+    """A make command that uses this Python and installs nothing."""
+    return (f"make --no-print-directory -o .venv/installed -o .venv/installed-tests "
+            f"PY={sys.executable} {target}")
 
 
-def test_commands_are_those_that_are_tested_here():
-    assert [c.split()[0] for c in COMMANDS] == (
-        ["make"] * 2 + ["python"] * 4 + ["torchrun"] * 4 + ["python"] * 6)
+def test_every_command_is_tested_here():
+    words = ("make quickstart", "openwebtext", "python train.py config/train_gpt2", "--standalone",
+             "--nnodes", "higher-lr", "sweep.py", "compare.py", "--top_k", "export.py", "bench.py",
+             "book.txt", "--dataset=book", "sample.py out/book")
+    assert len({command(word) for word in words}) == len(COMMANDS) == len(words)
 
 
-def test_data_is_prepared(copy, tmp_path):
+@pytest.mark.slow
+def test_openwebtext_can_be_prepared_from_local_files(copy, tmp_path):
     texts = [f"document {i}" for i in range(3000)]
     parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "0.parquet")
-    assert "val.bin" in shell(f"{run(COMMANDS[2])} --source={tmp_path}", copy)
+    assert "val.bin" in shell(f"{command('openwebtext')} --source={tmp_path}", copy)
 
 
+@pytest.mark.slow
 def test_ones_own_text_becomes_a_model_in_three_commands(copy):
-    """A file of 200 KB, and the run as it is but for its length."""
     (copy / "book.txt").write_text("It was the best of times, it was the worst of times.\n" * 3774)
-    prepare, train, sample = map(run, COMMANDS[3:6])
-    assert "--dataset=data/book" in shell(prepare, copy)
+    assert "--dataset=data/book" in shell(command("book.txt"), copy)
     assert load_meta(str(copy / "data/book"))["val_tokens"] == 20_003   # a tenth
-    quick = " --max_iters=2 --warmup_iters=1 --eval_iters=1"
-    assert "finished at step 2" in shell(train + quick, copy)
-    assert "tokens in" in shell(sample + " --max_new_tokens=5", copy)
+    assert "finished at step 2" in shell(command("--dataset=book") + QUICK, copy)
+    assert "tokens in" in shell(command("sample.py out/book") + " --max_new_tokens=5", copy)
 
 
-def test_help_fits_a_screen(capsys):
+def test_help_fits_on_a_screen(capsys):
     scripts = [p.stem for p in ROOT.glob("*.py") if "\ndef main(argv)" in p.read_text()]
     assert len(scripts) >= 5
     for name in scripts:
@@ -69,41 +75,72 @@ def test_help_fits_a_screen(capsys):
         assert 8 <= len(lines) <= 55 and max(map(len, lines)) <= 100, name
 
 
-def test_quickstart_prints_both_losses_and_a_sample_and_can_be_called_again(copy):
-    line = made(COMMANDS[0]) + " ARGS='--max_iters=2 --warmup_iters=1 --eval_iters=1'"
-    for _ in range(2):
-        output = shell(line, copy)
+def run_quickstart(copy):
+    return shell(make("quickstart") + f" ARGS='{QUICK}'", copy)
+
+
+@pytest.fixture(scope="module")
+def quickstart(copy):
+    """The output of a short `make quickstart`, which leaves its runs in the copy's out/."""
+    return run_quickstart(copy)
+
+
+@pytest.mark.slow
+def test_quickstart_compares_two_runs_and_samples_and_a_second_call_resumes(copy, quickstart):
+    assert "make quickstart" in COMMANDS
+    again = run_quickstart(copy)
+    assert "resuming from" not in quickstart and again.count("resuming from") == 2
+    for output in quickstart, again:
         row = r"quickstart-(sophiag|adamw) +(sophiag|adamw) +2 +4,096 .*\d\.\d{4}"
         assert [m[0] for m in re.findall(row, output)] == ["sophiag", "adamw"]
         assert "tokens in" in output
-    assert output.count("resuming from") == 2
 
 
-def test_make_test_runs_pytest_and_ci_runs_make_test(copy):
-    assert COMMANDS[1] == "make test" and "make test" in (ROOT / ".ci/run").read_text()
-    plan = shell("make -n --no-print-directory -o .venv/installed-tests test", copy)
-    assert [line.split()[1:3] for line in plan.splitlines()] == [["-m", "ruff"], ["-m", "pytest"]]
+@pytest.mark.slow
+def test_the_other_commands_run_after_a_quickstart(copy, quickstart):
+    """As forks, which start faster. A sweep trains the first run of its grid."""
+    data = f" --dataset={copy}/data/pystdlib"
+    for word, more, wanted in [
+            ("higher-lr", QUICK + data, "finished at step 2"),
+            ("sweep.py", QUICK + data + " --n_layer=1 --only=0", "[1/1]"),
+            ("compare.py", "", "final val loss"),
+            ("--top_k", " --max_new_tokens=5", "tokens in"),
+            ("export.py", "", "wrote exported"),
+            ("bench.py", " --compile=False --n_layer=1 --n_embd=48 --repeat=1", "sophiag")]:
+        _, script, *words = shlex.split(command(word) + more)
+        done = run(script, *words, cwd=copy)
+        assert done.returncode == 0 and wanted in done.stdout, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if "--standalone" in c])
-def test_torchrun_lines_start(copy, tiny_data, tmp_path, command):
-    config = re.search(r"config/\S+", command)[0]
-    cfg = load_config([str(ROOT / config)], world_size=8)
-    assert cfg.total_batch_size == 480 and cfg.hessian_batch_size == 240
-    words = command.replace("torchrun", f"{sys.executable} -m torch.distributed.run")
-    words = words.replace("--nproc_per_node=8", "--nproc_per_node=2").split()
-    words += flags(**SHORT, dataset=tiny_data, out_dir=tmp_path)
-    assert "finished at step 2" in shell(" ".join(words), copy)
+def test_make_test_lints_and_runs_all_tests_and_make_quick_runs_a_subset(copy):
+    assert "`make test`" in README and "`make quick`" in README
+    assert "make test" in (ROOT / ".ci/run").read_text()
+    assert "make test" in (ROOT / ".github/workflows/test.yml").read_text()
+    for target, modules in ("test", ["ruff", "pytest"]), ("quick", ["pytest"]), ("lint", ["ruff"]):
+        plan = shell(make(f"-n {target}"), copy).splitlines()
+        assert [line.split()[1:3] for line in plan] == [["-m", module] for module in modules]
+        assert ("not slow" in plan[-1]) == (target == "quick")
 
 
-def test_two_nodes_meet(copy, tiny_data, tmp_path):
-    command = next(c for c in COMMANDS if "--nnodes=2" in c)
-    command = command.replace("torchrun", f"{sys.executable} -m torch.distributed.run")
-    command = command.replace("--nproc_per_node=8", "--nproc_per_node=1")
+@pytest.mark.slow
+def test_gpt2_trains_on_one_device_and_on_several(copy, tiny_data, tmp_path):
+    for word, ranks in ("python train.py config/train_gpt2", 1), ("--standalone", 2):
+        config = re.search(r"config/\S+", command(word))[0]
+        cfg = load_config([str(ROOT / config)], world_size=8)
+        assert cfg.total_batch_size == 480 and cfg.hessian_batch_size == 240
+        line = command(word).replace("--nproc_per_node=8", "--nproc_per_node=2")
+        words = flags(**SHORT, dataset=tiny_data, out_dir=tmp_path / str(ranks))
+        output = shell(" ".join([line, *words]), copy)
+        assert "finished at step 2" in output and f" = {ranks} rank" in output
+
+
+@pytest.mark.slow
+def test_two_nodes_train_together(copy, tiny_data, tmp_path):
+    line = command("--nnodes").replace("--nproc_per_node=8", "--nproc_per_node=1")
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        command = command.replace("HOST:29500", f"localhost:{free.getsockname()[1]}")
-    words = command.split() + flags(**SHORT, dataset=tiny_data, out_dir=tmp_path)
+        line = line.replace("HOST:29500", f"localhost:{free.getsockname()[1]}")
+    words = line.split() + flags(**SHORT, dataset=tiny_data, out_dir=tmp_path)
     nodes = [subprocess.Popen(words, cwd=copy, env=environment(), text=True,
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
     outputs = [node.communicate(timeout=300) for node in nodes]
@@ -122,13 +159,14 @@ case "$1 $2" in "show hostnames") printf 'localhost\\nother\\n';; *) echo "$@" >
 """
 
 
-def test_slurm_job_of_two_nodes_is_requeued_and_resumes(copy, tiny_data, tmp_path):
-    """config/slurm.sbatch as it is; srun starts both agents here. The time limit comes in the first
-    run, and the training ends in the second."""
+@pytest.mark.slow
+def test_a_slurm_job_of_two_nodes_is_requeued_and_resumes(copy, tiny_data, tmp_path):
+    """With config/slurm.sbatch and an srun that starts both agents here. The first job reaches its
+    time limit, and the second finishes the run."""
     for name, text in ("srun", SRUN.replace("{python}", sys.executable)), ("scontrol", SCONTROL):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
-    job = os.getpid()   # its port is then free of other tests'
+    job = os.getpid()   # gives this test its own port
     folders = tmp_path, Path(sys.executable).parent, os.environ["PATH"]
     env = environment(PATH=":".join(map(str, folders)), SLURM_JOB_ID=str(job), SLURM_NNODES="2",
                       SLURM_JOB_NODELIST="node[1-2]", SLURM_GPUS_ON_NODE="1")
@@ -158,48 +196,13 @@ def test_slurm_job_of_two_nodes_is_requeued_and_resumes(copy, tiny_data, tmp_pat
     assert (copy / "requeued").read_text() == f"requeue {job}\n"
 
 
-def test_other_commands_run_after_a_quickstart(copy):
-    train, sample, compare, export, bench, sweep = map(run, COMMANDS[-6:])
-    quick = " --max_iters=2 --warmup_iters=1 --eval_iters=1"
-    for name in "sophiag", "adamw":
-        shell(f"{sys.executable} data/pystdlib/prepare.py && {sys.executable} train.py "
-              f"config/quickstart_{name}.py --init_from=auto {quick}", copy)
-    assert "finished at step 2" in shell(train + quick, copy)
-    assert "tokens in" in shell(sample + " --max_new_tokens=5", copy)
-    assert "final val loss" in shell(compare, copy)
-    assert "wrote exported" in shell(export, copy)
-    assert "[6/6]" in shell(sweep + quick + " --n_layer=1", copy)
-    assert "sophiag" in shell(bench + " --compile=False --n_layer=1 --n_embd=48 --repeat=1", copy)
-
-
-def test_first_snippet_trains_with_sophiag(capsys):
+def test_the_snippet_trains_with_sophiag(capsys):
     exec(compile(SNIPPETS[0], "README", "exec"), {})
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
         "10", "20", "30", "40"]
 
 
-def test_second_snippet_updates_the_hessian_under_a_bare_step():
-    names = {}
-    exec(compile(SNIPPETS[1], "README", "exec"), names)
-    model, optimizer = names["model"], names["optimizer"]
-    for step in range(1, 31):
-        model(names["torch"].randint(0, 100, (8, 64))).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        used = [bool(s["hessian"].any()) for s in optimizer.state.values()]
-        assert all(used) == (step >= 10)
-
-
-def test_third_snippet_shards_a_model_over_two_ranks(tmp_path):
-    (tmp_path / "fsdp.py").write_text(SNIPPETS[2])
-    done = ranks_run(tmp_path / "fsdp.py", ranks=2)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert lines[0] == lines[1] and lines[2] == lines[3] and len(lines) == 4   # of the whole model
-    assert [line.split()[0] for line in lines] == ["10", "10", "20", "20"]
-
-
-def test_table_of_settings_is_that_of_the_configs():
+def test_the_table_shows_the_settings_of_the_configs():
     lines = re.findall(r"^\| (small|medium|large|xl), (.*) \|$", README, re.M)
     assert [size for size, _ in lines] == ["small", "medium", "large", "xl"]
     for size, line in lines:
@@ -218,6 +221,14 @@ def test_table_of_settings_is_that_of_the_configs():
         assert memory == f"{sum(parts.values()) / 1e9:.0f} GB" and cfg.batch_size == 12
 
 
-def test_files_table_names_every_script():
-    named = set(re.findall(r"`([\w/*]+\.py)`", README.split("## Files")[1]))
-    assert {p.name for p in ROOT.glob("*.py")} == {n for n in named if "/" not in n}
+def test_contributing_lists_every_script_below_the_scripts_that_it_imports():
+    table = (ROOT / "CONTRIBUTING.md").read_text().split("| file |")[1].split("\n\n")[0]
+    listed = []   # the scripts of the rows above, and in a row those before "then"
+    for group in re.split(r"\n|, then", table):
+        names = re.findall(r"`(\w+)\.py`", group)
+        for name in names:
+            source = (ROOT / f"{name}.py").read_text()
+            imported = set(re.findall(r"^ *(?:from|import) (\w+)", source, re.M))
+            assert imported & {p.stem for p in ROOT.glob("*.py")} <= set(listed), name
+        listed += names
+    assert sorted(listed) == sorted(p.stem for p in ROOT.glob("*.py"))

@@ -34,7 +34,7 @@ from pyarrow import parquet
 from tokenize_to_bin import split_by_hash, write_bins
 from transformers import GPT2TokenizerFast
 
-from dataloader import Tokens, load_meta
+from dataloader import TokenFile, load_meta
 from script import UserError
 from tokenizer import get_tokenizer
 
@@ -271,7 +271,7 @@ def test_a_large_vocabulary_takes_four_bytes(tmp_path, monkeypatch):
                lambda i, utf8: ["train", "val"][i])
     meta = load_meta(str(tmp_path))
     assert (meta["vocab_size"], meta["dtype"]) == (70_001, "uint32")
-    train = Tokens(str(tmp_path), "train", meta)
+    train = TokenFile(str(tmp_path), "train", meta)
     assert train.windows([0], 3).tolist() == [[97, 69_999, 70_000]]
 
 

@@ -26,14 +26,14 @@ import numpy as np
 import pyarrow
 import pytest
 import tiktoken
-import tokenize_to_bin
 from conftest import ROOT, command, environment, run, train
 from datasets import Dataset
-from documents import TXT_BYTES, Files, Texts, hub_files, split_txt
 from pyarrow import parquet
-from tokenize_to_bin import split_by_hash, write_bins
 from transformers import GPT2TokenizerFast
 
+from data import tokenize_to_bin
+from data.documents import TXT_BYTES, Files, Texts, hub_files, split_txt
+from data.tokenize_to_bin import split_by_hash, write_bins
 from dataloader import TokenFile, load_meta
 from script import UserError
 from tokenizer import get_tokenizer
@@ -42,8 +42,7 @@ OPENWEBTEXT, CUSTOM = ROOT / "data/openwebtext/prepare.py", ROOT / "data/custom/
 # Saves after every batch, and makes batches small, so that there is something to interrupt.
 IMPATIENT = """
 import runpy, sys
-sys.path.insert(0, "data")
-import tokenize_to_bin
+from data import tokenize_to_bin
 tokenize_to_bin.SAVE_SECONDS, tokenize_to_bin.BATCH_BYTES = 0, 2**16
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -132,7 +131,7 @@ def test_openwebtext_is_a_plain_loops_tokens(shards, expected, tmp_path, workers
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_stopped_preparation_goes_on(shards, expected, tmp_path, number):
+def test_an_interrupted_run_resumes(shards, expected, tmp_path, number):
     words = [sys.executable, "-c", IMPATIENT, str(OPENWEBTEXT), f"--source={shards[0]}",
              f"--out_dir={tmp_path}", "--workers=2"]
     rng, stops = random.Random(int(number)), 0
@@ -155,7 +154,7 @@ def test_a_stopped_preparation_goes_on(shards, expected, tmp_path, number):
         assert process.returncode == (130 if number == signal.SIGINT else -number), errors
         assert not (tmp_path / "meta.json").exists()
         stops += 1
-    assert stops >= 2 and "going on after" in output
+    assert stops >= 2 and "resuming after" in output
     assert bins(tmp_path) == expected
     assert sorted(os.listdir(tmp_path)) == ["meta.json", "train.bin", "val.bin"]
 
@@ -313,8 +312,8 @@ def test_val_is_the_end_of_a_single_text(tmp_path, size, words, share):
     assert bytes(ids[ids < 256].astype(np.uint8)) == text and ids[-1] == 256
     assert abs(len(val_ids) - share * len(ids)) < 1e-4 * len(ids) + 1
     assert [line for line in output.splitlines() if line.startswith("val: ")] == [
-        f"val: the last {100 * round(share, 4):.3g}% of the tokens, since there are fewer than "
-        f"{math.ceil(10 / round(share, 4))} documents"]
+        f"val: the last {100 * round(share, 4):.3g}% of the tokens (fewer than "
+        f"{math.ceil(10 / round(share, 4))} documents)"]
     if size >= 2_000_000:   # an evaluation of the quickstart
         assert len(val_ids) >= 32 * 8 * 256
 
@@ -363,7 +362,7 @@ def test_a_folder_of_mixed_files(tmp_path):
     (folder / "f.pdf").write_bytes(b"%PDF \xff")
     output = prepared(CUSTOM, f"--source={folder}", f"--out_dir={tmp_path}/out",
                       "--tokenizer=bytes", "--val_fraction=0.01")
-    assert f"not read, because of the suffix (2 files): {folder}/b.md, {folder}/f.pdf" in output
+    assert f"ignored 2 files with other suffixes: {folder}/b.md {folder}/f.pdf" in output
     text = bytes(np.concatenate(ids_of(tmp_path / "out")).astype(np.uint8))   # 256 becomes 0
     assert text == b"first\0second\0fourth\0sixth\0fifth\0"
     prepared(CUSTOM, f"--source={folder}/*.md", f"--out_dir={tmp_path}/md", "--tokenizer=bytes")
@@ -391,8 +390,8 @@ def test_standard_input_is_read_like_a_file(tmp_path):
 def test_a_stop_while_the_tail_is_moved_loses_nothing(tmp_path, monkeypatch):
     """Before the move, after it but before its state is saved, and right after that."""
     texts, everything = Texts(some_documents(40)), lambda i, utf8: "train"
-    write_bins(arguments(tmp_path / "whole"), texts, everything, tail=0.3)
-    save = tokenize_to_bin.Unfinished.save   # call 1 ends the tokenizing, call 2 the move
+    write_bins(arguments(tmp_path / "whole"), texts, everything, val_tail=0.3)
+    save = tokenize_to_bin.BinWriter.save   # call 1 ends the tokenizing, call 2 the move
     for number, saved in (1, False), (2, False), (2, True):
         calls = []
 
@@ -405,9 +404,9 @@ def test_a_stop_while_the_tail_is_moved_loses_nothing(tmp_path, monkeypatch):
 
         folder = tmp_path / f"{number}-{saved}"
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-            patched.setattr(tokenize_to_bin.Unfinished, "save", stopped)
-            write_bins(arguments(folder), texts, everything, tail=0.3)
-        write_bins(arguments(folder), texts, everything, tail=0.3)
+            patched.setattr(tokenize_to_bin.BinWriter, "save", stopped)
+            write_bins(arguments(folder), texts, everything, val_tail=0.3)
+        write_bins(arguments(folder), texts, everything, val_tail=0.3)
         assert bins(folder) == bins(tmp_path / "whole")
 
 
@@ -434,7 +433,7 @@ def test_of_a_script_the_hubs_conversion_is_read(tmp_path, monkeypatch, capsys):
         assert [os.path.relpath(p, folder) for p in found.paths] == [
             f"plain_text/{split}/000{i}.parquet" for i in range(2)]
         assert "Dataset scripts are no longer supported" in output
-        assert "the hub's own conversion" in output
+        assert "the hub's parquet conversion" in output
         assert ("only the first part" in output) == (split == "partial-train")
 
 
@@ -475,7 +474,7 @@ def test_what_is_there_is_not_overwritten(tmp_path):
     assert "another data set" in refused(*words, "--tokenizer=bytes", "--val_fraction=0.2")
     assert {p: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
     (tmp_path / "out/meta.json").unlink()   # as nanoGPT leaves it
-    assert "made by something else" in refused(*words, "--tokenizer=bytes")
+    assert "another program made it" in refused(*words, "--tokenizer=bytes")
     assert (tmp_path / "out/train.bin").read_bytes() == before[tmp_path / "out/train.bin"]
 
 
@@ -483,7 +482,7 @@ def test_what_is_there_is_not_overwritten(tmp_path):
     (["--source=/nowhere"], "/nowhere"), (["--source={}/md"], "give a pattern"),
     (["--source={}/md/a.md"], "no documents for train.bin (left out: none)"),
     (["--source={}/good.parquet", "--field=body"], "no column 'body'; choose with --field among "
-     "the columns of text: text"),
+     "the text columns: text"),
     (["--source={}/good.parquet", "--field=id"], "column 'id' is int64, not text"),
     (["--source={}/good.parquet", "--field=chat"],
      "column 'chat' is list<element: struct<role: string>>, not text"),
@@ -527,7 +526,7 @@ def test_a_bin_that_changed_on_the_disk_is_not_believed(tmp_path, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tokenize_to_bin.Unfinished, "verified", interrupt)
+    monkeypatch.setattr(tokenize_to_bin.BinWriter, "verified_meta", interrupt)
     with pytest.raises(KeyboardInterrupt):
         write_bins(arguments(tmp_path), source, half)
     monkeypatch.undo()
@@ -544,7 +543,7 @@ def test_a_bin_that_changed_on_the_disk_is_not_believed(tmp_path, monkeypatch):
 
 
 def test_another_source_does_not_go_on_with_an_unfinished_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenize_to_bin.Unfinished, "verified", lambda self: 1 / 0)
+    monkeypatch.setattr(tokenize_to_bin.BinWriter, "verified_meta", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_bins(arguments(tmp_path), Texts(["a", "b"]), split_by_hash(0.5))
     monkeypatch.undo()

@@ -52,8 +52,9 @@ class TokenFile:
         try:
             self.file = open(self.path, "rb", buffering=0)
         except OSError as error:
-            raise UserError(f"cannot read {self.path}: {error.strerror}; run this data set's "
-                            f"prepare.py, or choose another --dataset") from None
+            prepare = os.path.relpath(os.path.join(data_dir, "prepare.py"))
+            how = f"run: python {prepare}" if os.path.exists(prepare) else "check --dataset"
+            raise UserError(f"cannot read {self.path}: {error.strerror}; {how}") from None
         size = os.fstat(self.file.fileno()).st_size
         self.count = size // self.dtype.itemsize
         expected = meta.get(f"{split}_tokens", self.count)

@@ -17,9 +17,10 @@ import checkpoint
 from plot import COLOURS
 from sophia import SophiaG
 
-PAGES = ("sophia.md", "faq.md", "reliability.md", "data.md")
+PAGES = ("sophia.md", "faq.md", "reliability.md", "data.md", "trainers.md")
 COMMANDS = [c for page in PAGES for c in code_blocks(ROOT / "docs" / page)[0]]
 SNIPPETS = code_blocks(ROOT / "docs/faq.md")[1]
+HOOK, FSDP2 = code_blocks(ROOT / "docs/trainers.md")[1]
 FIGURES = runpy.run_path(str(ROOT / "docs/figures.py"))
 QUICK = flags(max_iters=2, warmup_iters=1, eval_iters=1, n_layer=1, n_embd=32, block_size=32)
 RESUME = "quickstart_sophiag.py --init_from=resume"
@@ -42,7 +43,8 @@ def test_commands_are_those_that_are_tested_here():
              "fineweb_edu", "out_dir=data/book", "out_dir=out/book", "sample.py", "nanoGPT")
     untested = "pip-audit", "sbatch"   # they need a network and Slurm
     assert len({command(word) for word in (*words, *untested)}) == len(COMMANDS)
-    assert all(code_blocks(ROOT / "docs" / page)[1] == [] for page in PAGES if page != "faq.md")
+    assert all(code_blocks(ROOT / "docs" / page)[1] == [] for page in PAGES
+               if page not in ("faq.md", "trainers.md"))
 
 
 def test_commands_run_after_a_quickstart(copy, tiny_data):
@@ -174,6 +176,27 @@ def test_snippets_of_the_faq_run_in_order(tmp_path, monkeypatch):
     assert len(SNIPPETS) == 5
     assert torch.equal(hessian(), torch.full_like(after_two, 0.01))
     assert all(group["bs"] == 4 * 8 * 64 for group in names["optimizer"].param_groups)
+
+
+def test_the_hook_updates_the_hessian_every_tenth_bare_step():
+    names = {}
+    exec(compile(HOOK, "trainers.md", "exec"), names)
+    model, optimizer = names["model"], names["optimizer"]
+    for step in range(1, 31):
+        model(torch.randint(0, 100, (8, 64))).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        updated = [bool(s["hessian"].any()) for s in optimizer.state.values()]
+        assert all(updated) == (step >= 10)
+
+
+def test_the_fsdp2_snippet_shards_a_model_over_two_ranks(tmp_path):
+    (tmp_path / "fsdp.py").write_text(FSDP2)
+    done = run(tmp_path / "fsdp.py", ranks=2)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == lines[1] and lines[2] == lines[3]   # win_rate of the whole model
+    assert [line.split()[0] for line in lines] == ["10", "10", "20", "20"]
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -1,6 +1,6 @@
 """
-Draw the figures of docs/: toy.png shows five optimizers on a loss with two parameters, and
-clipping.png shows which coordinates of a SophiaG run are clipped.
+Draw the figures of docs/: toy.png shows five optimizers on a loss with two parameters, clipping.png
+which coordinates of a SophiaG run are clipped, and quickstart.png the curves of the quickstart runs.
 
     python docs/figures.py [out/quickstart-sophiag]
 """
@@ -14,9 +14,10 @@ from matplotlib.figure import Figure
 DOCS = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(DOCS))
 import checkpoint  # noqa: E402
+from compare import read_run  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from optim import parameter_groups  # noqa: E402
-from plot import COLOURS, save_figure  # noqa: E402
+from plot import COLOURS, VAL_LOSS, draw_panel, save_figure  # noqa: E402
 from script import ArgumentParser, UserError, run_script  # noqa: E402
 from sophia import SophiaG  # noqa: E402
 
@@ -143,6 +144,21 @@ def draw_clipping(ratios, path):
     save_figure(figure, path)
 
 
+def draw_quickstart(folder, path):
+    """Validation loss and win_rate of the quickstart runs in folder."""
+    runs = []
+    for optimizer, name in ("sophiag", "SophiaG"), ("adamw", "AdamW"), ("lion", "Lion"):
+        if os.path.isdir(run_dir := os.path.join(folder, f"quickstart-{optimizer}")):
+            runs.append(read_run(run_dir))
+            runs[-1].name = name
+    figure = Figure(figsize=(4.8, 5.2), dpi=160, layout="constrained")
+    losses, win_rates = figure.subplots(2, 1, height_ratios=(1.5, 1))
+    draw_panel(losses, runs, "iter", "val/loss", VAL_LOSS.replace("token", "byte"))
+    draw_panel(win_rates, runs[:1], "iter", "train/win_rate", "SophiaG's win_rate")
+    losses.legend(frameon=False)
+    save_figure(figure, path)
+
+
 def main(argv):
     parser = ArgumentParser(__doc__)
     parser.add_argument("run", nargs="?", default="out/quickstart-sophiag", help="of SophiaG")
@@ -150,6 +166,8 @@ def main(argv):
     ratios = clip_ratios(args.run)
     draw_toy(os.path.join(DOCS, "toy.png"))
     draw_clipping(ratios, os.path.join(DOCS, "clipping.png"))
+    draw_quickstart(os.path.dirname(os.path.normpath(args.run)),
+                    os.path.join(DOCS, "quickstart.png"))
 
 
 if __name__ == "__main__":

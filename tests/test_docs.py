@@ -55,7 +55,7 @@ def test_commands_run_after_a_quickstart(copy, tiny_data):
         done = run(script, *words, *quickstart[1:], cwd=copy)
         assert done.returncode == 0, done.stderr
         assert ("[3/3]" if script == "sweep.py" else "finished at step 2") in done.stdout
-    figures = [copy / "docs" / name for name in ("toy.png", "clipping.png")]
+    figures = [copy / "docs" / name for name in ("toy.png", "clipping.png", "quickstart.png")]
     for figure in figures:
         figure.unlink()
     shell(command("figures"), copy)

@@ -1,6 +1,6 @@
 """
-Draw the figures of docs/: toy.png shows five optimizers on a loss with two parameters, clipping.png
-which coordinates of a SophiaG run are clipped, and quickstart.png the curves of the quickstart runs.
+Draw the figures of docs/: toy.png shows five optimizers on a loss with two parameters,
+clipping.png which coordinates of a SophiaG run are clipped, quickstart.png the quickstart's curves.
 
     python docs/figures.py [out/quickstart-sophiag]
 """

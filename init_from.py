@@ -59,6 +59,11 @@ def find_start(cfg, data):
     return load_weights(source, data.meta["vocab_size"], cfg.bias)
 
 
+def is_checkpoint(start):
+    """Whether find_start returned a checkpoint to resume from."""
+    return start is not None and "optimizer" in start
+
+
 def resume(path, cfg, data):
     """The checkpoint at path. Raises UserError if it belongs to another run or other data."""
     start = checkpoint.load(path)

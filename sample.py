@@ -1,5 +1,5 @@
 """
-Text from a trained model.
+Generate text with a trained model.
 
     python sample.py out/quickstart-sophiag --prompt="def "
     python sample.py out/run/ckpt_00010000.pt --prompt=FILE:prompt.txt --num_samples=5 --top_k=50
@@ -18,23 +18,21 @@ from tokenizer import get_tokenizer
 def main(argv):
     parser = ArgumentParser(__doc__)
     parser.add_argument("run", help="run directory (its best checkpoint) or checkpoint file")
-    parser.add_argument("--prompt", default="", help="text to continue, or FILE:path; empty: a new "
-                        "document")
-    parser.add_argument("--num_samples", type=int, default=1, help="1 is printed as it comes")
+    parser.add_argument("--prompt", default="", help="text, or FILE:path; empty: a new document")
+    parser.add_argument("--num_samples", type=int, default=1, help="1: print tokens as they come")
     parser.add_argument("--max_new_tokens", type=int, default=500)
     parser.add_argument("--temperature", type=float, default=0.8, help="0: greedy")
-    parser.add_argument("--top_k", type=int, default=200, help="likeliest tokens; 0: no limit")
-    parser.add_argument("--top_p", type=float, default=1.0, help="probability of the likeliest "
-                        "tokens to choose from; 1: no limit")
+    parser.add_argument("--top_k", type=int, default=200, help="0: no limit")
+    parser.add_argument("--top_p", type=float, default=1.0, help="nucleus sampling; 1: no limit")
     parser.add_argument("--seed", type=int, default=1337)
-    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    parser.add_argument("--device", default="auto", help="auto | cuda | mps | cpu")
     args = parser.parse_args(argv)
     if args.num_samples < 1 or args.max_new_tokens < 1 or args.top_k < 0:
-        raise UserError("num_samples and max_new_tokens must be at least 1, top_k not negative")
+        raise UserError("num_samples and max_new_tokens must be at least 1, top_k at least 0")
     if not 0 < args.top_p <= 1:
         raise UserError(f"top_p must be in (0, 1], got {args.top_p}")
     if not 0 <= args.temperature < float("inf") or not 0 <= args.seed < 2**63:
-        raise UserError("temperature and seed must be finite and not negative")
+        raise UserError("temperature and seed must be finite and at least 0")
     prompt = args.prompt
     if prompt.startswith("FILE:"):
         try:
@@ -52,34 +50,29 @@ def main(argv):
     model.eval().to(device)
     print(f"{path}: {model.num_params() / 1e6:.2f}M parameters, step {saved['step']}")
 
-    # An empty prompt is the start of a document: what follows an end of text.
-    ids = tokenizer.encode(prompt) or [tokenizer.eot_id]
+    ids = tokenizer.encode(prompt) or [tokenizer.eot_id]   # in training, a document follows it
     if max(ids) >= model.config.vocab_size:
-        raise UserError(f"{path} has a vocabulary of {model.config.vocab_size} tokens, too small "
-                        f"for its tokenizer {tokenizer.name}")
+        raise UserError(f"the model in {path} has {model.config.vocab_size} tokens, fewer than "
+                        f"its tokenizer {tokenizer.name}")
     generator = torch.Generator(device).manual_seed(args.seed)
-    started = time.perf_counter()
+    start = time.perf_counter()
     stream = model.stream(torch.tensor([ids] * args.num_samples, device=device),
                           args.max_new_tokens, args.temperature, args.top_k or None,
                           None if args.top_p == 1 else args.top_p, tokenizer.eot_id, generator)
-    rows = [list(ids) for _ in range(args.num_samples)]
-    shown = ""
+    rows, printed = [ids] * args.num_samples, ""
     print("-" * 80)
-    for new in stream:
-        for row, token in zip(rows, new.tolist()):
-            row.append(token)
+    for new_tokens in stream:
+        rows = [[*row, token] for row, token in zip(rows, new_tokens.tolist())]
         text = tokenizer.decode(rows[0])
-        if args.num_samples == 1 and not text.endswith("\ufffd"):   # half of a character
-            print(text[len(shown):], end="", flush=True)
-            shown = text
-    seconds = time.perf_counter() - started
-    print(tokenizer.decode(rows[0])[len(shown):])
+        if args.num_samples == 1 and not text.endswith("\ufffd"):   # an incomplete character
+            print(text[len(printed):], end="", flush=True)
+            printed = text
+    seconds = time.perf_counter() - start
+    print(tokenizer.decode(rows[0])[len(printed):])
     for row in rows[1:]:
-        print("-" * 80)
-        print(tokenizer.decode(row))
+        print("-" * 80, tokenizer.decode(row), sep="\n")
     print("-" * 80)
-    new_tokens = sum(len(row) - len(ids) for row in rows)
-    print(f"{new_tokens} tokens in {seconds:.1f} s")
+    print(f"{sum(len(row) - len(ids) for row in rows)} tokens in {seconds:.1f} s")
 
 
 if __name__ == "__main__":

@@ -1,37 +1,36 @@
 """
-A grid of runs: train.py for each combination of values; their losses in one table and picture.
+Train a grid of runs, one for each combination of values, and collect their losses.
 
     python sweep.py config/quickstart_sophiag.py --learning_rate=3e-4,1e-3 --out_dir=out/sweep
 
-Words are train.py's; a setting with commas is an axis of the grid (also "--seed=1,": of one value,
-to be extended). Each run has a folder in out_dir, named by its values. The same command again, also
-with more values, skips what is finished, resumes what was stopped, tries again what failed. It
-writes results.csv, a row for each run, and results.png, final val loss against learning rate.
+Arguments are train.py's. A setting with commas is an axis of the grid ("--seed=1," has one value).
+Each run has a folder in out_dir, named by its values. Writes results.csv, with a row for each run,
+and results.png, final val loss against learning rate. Call the same command again, also with more
+values, to continue: it skips finished runs, resumes stopped ones and retries failed ones.
 """
 import csv
 import io
 import itertools
-import json
 import os
 import subprocess
 import sys
 import time
 from contextlib import closing
 from dataclasses import asdict
+from pathlib import Path
 from urllib.parse import quote
 
 import torch
 
-from compare import Run, duration
+from compare import Run, format_duration, read_config
 from configurator import load_config
 from metrics import read_metrics
-from plot import plot_grid
+from plot import plot_sweep
 from script import ROOT, ArgumentParser, StopSignal, UserError, run_script, write_atomically
 
 
 def make_grid(words):
-    """Names of the axes, and a Run for each point, the last axis fastest. A folder's name is of
-    parsed values, in alphabetical order, and stays when words change places or values join."""
+    """The names of the axes, and a Run for each grid point; the last axis varies fastest."""
     axes, choices, runs = [], [], {}
     for word in words:
         name, _, text = word.removeprefix("--").partition("=")
@@ -42,12 +41,13 @@ def make_grid(words):
     for point in itertools.product(*choices):
         cfg = load_config(point)
         if "out_dir" in axes or cfg.init_from not in ("scratch", "auto") or cfg.eval_only:
-            raise UserError("a sweep trains from scratch into one folder: no init_from, no "
-                            "eval_only, one value of out_dir")
+            raise UserError("a sweep trains from scratch into one out_dir; init_from and eval_only "
+                            "cannot be set, and out_dir takes one value")
+        # Parsed values, axes sorted: the name survives reordered arguments and added values.
         name = ",".join(f"{axis}={quote(str(getattr(cfg, axis)), '')}" for axis in sorted(axes))
         if name in runs:
             raise UserError(f"{name} is in the grid twice: give each axis and each value once, and "
-                            f"config files before them")
+                            f"config files first")
         path = os.path.join(cfg.out_dir, name)
         own = dict(out_dir=path, init_from="auto", wandb_run_name=name)
         runs[name] = Run(path, {**asdict(cfg), **own}, [], name)
@@ -57,15 +57,10 @@ def make_grid(words):
 
 
 def check_folder(run):
-    """Raise UserError if the run's folder holds one with other settings."""
-    path = os.path.join(run.path, "config.json")
-    if not os.path.exists(path):
+    """Raise UserError if the run's folder holds a run with other settings."""
+    if not os.path.exists(os.path.join(run.path, "config.json")):
         return
-    try:
-        with open(path, encoding="utf-8") as file:
-            found = dict(json.load(file))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"cannot read {path} ({type(error).__name__})") from None
+    found = read_config(run.path)
     for key, value in run.config.items():
         if key not in ("out_dir", "init_from", "wandb_run_name") and found.get(key) != value:
             raise UserError(f"{run.path} holds a run with {key}={found.get(key)}, not {value}; "
@@ -73,16 +68,14 @@ def check_folder(run):
 
 
 def last_line(run):
-    """Of the run's output: "exit code ..." if it failed."""
-    path = os.path.join(run.path, "output.txt")
-    if not os.path.exists(path):
-        return ""
-    with open(path, encoding="utf-8", errors="replace") as file:
-        return ["", *file.read().splitlines()][-1]
+    """The last line of the run's output.txt, "exit code ..." if the run failed."""
+    path = Path(run.path, "output.txt")
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    return ["", *text.splitlines()][-1]
 
 
-def result(run, axes):
-    """A row of results.csv, from what the run has left on the disk so far."""
+def read_result(run, axes):
+    """A row of results.csv, from the files that the run has written so far."""
     run.records = read_metrics(os.path.join(run.path, "metrics.jsonl"))
     evaluations = [r for r in run.records if "val/loss" in r]
     done = [r for r in evaluations if r["iter"] == run.config["max_iters"]]
@@ -98,19 +91,25 @@ def result(run, axes):
         "win_rate": [None, *run.series("iter", "train/win_rate")[1]][-1], "run": run.path}
 
 
+def write_results(rows, folder):
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([rows[0], *(row.values() for row in rows)])
+    write_atomically(os.path.join(folder, "results.csv"),
+                     lambda file: file.write(text.getvalue().encode()))
+
+
 def slot_environment(slot, jobs):
-    """Environment of the slot-th of jobs processes at a time: its part of the threads that one
-    alone would use, and a GPU of its own while there are enough."""
-    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    if gpus == [""]:
-        gpus = [str(i) for i in range(torch.cuda.device_count())] or gpus
+    """Environment variables of one of `jobs` parallel processes: an equal share of the threads,
+    and one GPU. Slots share GPUs if there are fewer GPUs than jobs."""
+    all_gpus = ",".join(map(str, range(torch.cuda.device_count())))
+    gpus = (os.environ.get("CUDA_VISIBLE_DEVICES") or all_gpus).split(",")
     return {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // jobs)),
             "CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]}
 
 
 def start_run(config, environment):
-    """A process of train.py; what it prints is added to output.txt in its out_dir."""
-    # Every setting is a flag: a config file that is edited meanwhile changes no run.
+    """Start train.py; its output is appended to output.txt in its out_dir. Returns the Popen."""
+    # Every setting is a flag, so later edits of a config file do not affect the sweep.
     words = [f"--{name}={value}" for name, value in config.items()]
     try:
         os.makedirs(config["out_dir"], exist_ok=True)
@@ -123,13 +122,10 @@ def start_run(config, environment):
 
 
 def run_all(configs, jobs, stop):
-    """
-    Train with each of configs, a dict of dicts of all settings, jobs at a time; yields (key, exit
-    code) as they end. On a signal, which stop has then seen, and on an error, those that run are
-    asked to save and leave, and waited for.
-    """
-    waiting, running = list(configs), {}   # keys; key and process by slot
-    jobs = min(jobs, len(configs))         # fewer have a larger share each
+    """Train configs, {key: settings}, `jobs` at a time; yields (key, exit code) as runs end. After
+    stop.requested or an exception, waits until the active runs have saved and exited."""
+    waiting, running = list(configs), {}   # keys; {slot: (key, process)}
+    jobs = min(jobs, len(configs))
     try:
         while (waiting or running) and not stop.requested:
             for slot in range(jobs):
@@ -143,7 +139,7 @@ def run_all(configs, jobs, stop):
                     yield key, process.returncode
     finally:
         for _, process in running.values():
-            process.terminate()   # SIGTERM: after Ctrl-C, a second SIGINT would interrupt at once
+            process.terminate()   # not SIGINT: after Ctrl-C, a second one would skip the save
         for _, process in running.values():
             process.wait()
 
@@ -151,30 +147,21 @@ def run_all(configs, jobs, stop):
 def main(argv):
     parser = ArgumentParser(__doc__)
     parser.usage = "sweep.py [config.py ...] [--key=value[,value ...] ...] [--jobs=N] [--only=I]"
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, which "
-                        "share threads and GPUs (default: 1); 0: write the table, train nothing")
-    parser.add_argument("--only", type=int, metavar="I", help="train the I-th run of the grid, "
-                        "from 0, and write no table: for array jobs, --only=$SLURM_ARRAY_TASK_ID")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="parallel runs, which "
+                        "share the threads and GPUs (default: 1); 0: only write results.csv")
+    parser.add_argument("--only", type=int, metavar="I", help="train only run I of the grid, from "
+                        "0, and write no results; in array jobs: --only=$SLURM_ARRAY_TASK_ID")
     args, words = parser.parse_known_args(argv)
     axes, runs = make_grid(words)
     if args.jobs < 0 or args.only not in (None, *range(len(runs))):
         raise UserError(f"jobs must not be negative, only must be from 0 to {len(runs) - 1}")
     for run in runs:
         check_folder(run)
-    rows, folder = [result(run, axes) for run in runs], os.path.dirname(runs[0].path)
+    rows, folder = [read_result(run, axes) for run in runs], os.path.dirname(runs[0].path)
     chosen = range(len(runs)) if args.only is None else [args.only]
     todo = [i for i in chosen if rows[i]["status"] != "done"] if args.jobs else []
-
-    def save():
-        if args.only is None:   # tasks of an array would write over each other's table
-            text = io.StringIO()
-            table = csv.DictWriter(text, rows[0], lineterminator="\n")
-            table.writeheader()
-            table.writerows(rows)
-            write_atomically(os.path.join(folder, "results.csv"),
-                             lambda file: file.write(text.getvalue().encode()))
-
-    save()   # before anything starts: the folder can be written
+    save = write_results if args.only is None else lambda *_: None   # array tasks would collide
+    save(rows, folder)   # before training, so an unwritable folder is an early error
     print(f"{len(runs)} runs in {folder}, {len(todo)} to train", flush=True)
     stop, began = StopSignal(), time.monotonic()
     with closing(run_all({i: runs[i].config for i in todo}, args.jobs, stop)) as ends:
@@ -182,19 +169,19 @@ def main(argv):
             if code:
                 with open(os.path.join(runs[i].path, "output.txt"), "a", encoding="utf-8") as file:
                     file.write(f"exit code {code}: {last_line(runs[i])}\n")
-            rows[i] = result(runs[i], axes)
-            save()
-            loss, pace = rows[i]["final_val_loss"], (time.monotonic() - began) / n
-            print(f"[{n}/{len(todo)}] {runs[i].name}: "
-                  f"{last_line(runs[i]) if loss is None else f'val loss {loss:.4f}'}; "
-                  f"{duration(pace * (len(todo) - n))} left", flush=True)
-    rows[:] = [result(run, axes) for run in runs]   # also those that a signal stopped
-    save()
+            rows[i] = read_result(runs[i], axes)
+            save(rows, folder)
+            loss, seconds_per_run = rows[i]["final_val_loss"], (time.monotonic() - began) / n
+            outcome = last_line(runs[i]) if loss is None else f"val loss {loss:.4f}"
+            print(f"[{n}/{len(todo)}] {runs[i].name}: {outcome}; "
+                  f"{format_duration(seconds_per_run * (len(todo) - n))} left", flush=True)
+    rows = [read_result(run, axes) for run in runs]   # including runs that a signal stopped
+    save(rows, folder)
     if args.only is None and len({run.config["learning_rate"] for run in runs}) > 1:
-        plot_grid(rows, axes, os.path.join(folder, "results.png"))
-    if undone := sum(rows[i]["status"] != "done" for i in todo):
+        plot_sweep(rows, axes, os.path.join(folder, "results.png"))
+    if left := sum(rows[i]["status"] != "done" for i in todo):
         reason = f"stopped by {stop.name}, " * bool(stop.name)
-        sys.exit(f"sweep.py: {reason}not done: {undone} of {len(chosen)}; the same command goes on")
+        sys.exit(f"sweep.py: {reason}{left} of {len(chosen)} runs not done; call again to resume")
 
 
 if __name__ == "__main__":

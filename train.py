@@ -30,7 +30,7 @@ from device import (
     resolve_dtype,
     use_deterministic_kernels,
 )
-from init_from import build_model, find_start
+from init_from import build_model, find_start, is_checkpoint
 from metrics import Metrics
 from optim import hessian_due, lr_at, make_optimizer, statistics
 from script import StopSignal, run_script
@@ -135,7 +135,7 @@ def print_summary(cfg, world, data, model, dtype, compiled, why_not):
     memory = memory_estimate(cfg, model, dtype, compiled)
     total = sum(memory.values())
     parts = " + ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items())
-    batch = (f"{cfg.total_batch_size} sequences = {cfg.tokens_per_step:,} tokens a step = "
+    batch = (f"{cfg.total_batch_size} sequences = {cfg.tokens_per_step:,} tokens per step = "
              f"{world.size} rank{'s' * (world.size > 1)} x batch_size {cfg.batch_size} x "
              f"{micro_steps} micro-step{'s' * (micro_steps > 1)}")
     if hessian_due(cfg.hessian_interval, cfg):
@@ -157,34 +157,44 @@ def print_summary(cfg, world, data, model, dtype, compiled, why_not):
         ddp.print0(f"GPU: {torch.cuda.get_device_name(world.device)}, {card / 1e9:.2f} GB{advice}")
 
 
-def train(cfg, world):
+def build(cfg, world, data, start):
+    """
+    (raw_model, model, optimizer, autocast, scaler) on the rank's device. model is raw_model,
+    compiled and under DDP where they are in use. start: what find_start returned.
+    """
     if cfg.deterministic:
         use_deterministic_kernels()
     dtype = resolve_dtype(cfg.dtype, world.device)
     compiled, why_not = resolve_compile(cfg.compile, world.device)
-    data = DataLoader(cfg, world)
-    tokenizer = get_tokenizer(data.meta["tokenizer"]) if cfg.sample_tokens else None
-
-    start = find_start(cfg, data)
     raw_model = build_model(cfg, data.meta["vocab_size"], start).to(world.device)
     optimizer = make_optimizer(cfg, raw_model, fused=compiled)
     autocast = torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
-    step, best_step, best_val_loss, metrics_state = 0, 0, float("inf"), None
-    resuming = start is not None and "optimizer" in start
-    if resuming:
+    if is_checkpoint(start):
         optimizer.load_state_dict(start["optimizer"])
         scaler.load_state_dict(start["scaler"])
-        step, metrics_state = start["step"], start["metrics"]
-        best_step, best_val_loss = start["best_step"], start["best_val_loss"]
-    first_step = step
-    del start   # as large as the model and the optimizer
     if compiled:
         raw_model.compile_for_training()
     model = raw_model
     if world.size > 1:
         model = DDP(raw_model, device_ids=[world.device] if world.device.type == "cuda" else None,
                     gradient_as_bucket_view=True, forward_sync_buffers=False)
+    print_summary(cfg, world, data, raw_model, dtype, compiled, why_not)
+    return raw_model, model, optimizer, autocast, scaler
+
+
+def train(cfg, world):
+    data = DataLoader(cfg, world)
+    tokenizer = get_tokenizer(data.meta["tokenizer"]) if cfg.sample_tokens else None
+    start = find_start(cfg, data)
+    raw_model, model, optimizer, autocast, scaler = build(cfg, world, data, start)
+    step, best_step, best_val_loss, metrics_state = 0, 0, float("inf"), None
+    resuming = is_checkpoint(start)
+    if resuming:
+        step, metrics_state = start["step"], start["metrics"]
+        best_step, best_val_loss = start["best_step"], start["best_val_loss"]
+    first_step = step
+    del start   # as large as the model and the optimizer
 
     def save():
         state = metrics.state_dict()
@@ -196,12 +206,11 @@ def train(cfg, world):
                 "config": asdict(cfg), "tokenizer": data.meta["tokenizer"],
                 "data": data.tokens.fingerprint()}, best_step)
 
-    print_summary(cfg, world, data, raw_model, dtype, compiled, why_not)
     stop = StopSignal()
     if not cfg.eval_only:
         ddp.broadcast_from_rank0(lambda: checkpoint.lock(cfg.out_dir))
-    metrics = Metrics(cfg, world, raw_model.flops_per_token(),
-                      peak_flops(world.device, dtype), metrics_state, step)
+    peak = peak_flops(world.device, resolve_dtype(cfg.dtype, world.device))
+    metrics = Metrics(cfg, world, raw_model.flops_per_token(), peak, metrics_state, step)
     with metrics:
         while True:
             finished = step >= cfg.max_iters

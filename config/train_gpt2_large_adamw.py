@@ -1,5 +1,4 @@
-# GPT-2 large (770M) on OpenWebText with AdamW: 100k steps of 480 x 1024 tokens,
-# the setting of arXiv 2305.14342. What is not here is a default of configurator.py.
+# GPT-2 large (770M), OpenWebText, AdamW: 100k steps of 480 x 1024 tokens (arXiv 2305.14342).
 out_dir = "out/gpt2-large-adamw"
 wandb_log = True
 optimizer = "adamw"
@@ -8,4 +7,4 @@ n_head = 20
 n_embd = 1280
 learning_rate = 2e-4   # published: arXiv 2305.14342
 min_lr = 1e-5   # official config
-lr_decay_iters = 100_000   # stays, should --max_iters stop the run early
+lr_decay_iters = 100_000   # keeps the schedule if --max_iters is lower

@@ -1,5 +1,4 @@
-# GPT-2 large (770M) on OpenWebText with Lion: 100k steps of 480 x 1024 tokens,
-# the setting of arXiv 2305.14342. What is not here is a default of configurator.py.
+# GPT-2 large (770M), OpenWebText, Lion: 100k steps of 480 x 1024 tokens (arXiv 2305.14342).
 out_dir = "out/gpt2-large-lion"
 wandb_log = True
 optimizer = "lion"
@@ -8,4 +7,4 @@ n_head = 20
 n_embd = 1280
 learning_rate = 8e-5   # arXiv 2305.14342, its Lion baseline
 weight_decay = 0.25   # learning_rate * weight_decay as AdamW's; Lion's paper: 3-10 x AdamW's
-lr_decay_iters = 100_000   # stays, should --max_iters stop the run early
+lr_decay_iters = 100_000   # keeps the schedule if --max_iters is lower

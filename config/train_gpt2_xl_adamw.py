@@ -1,7 +1,6 @@
-# GPT-2 XL (1.56B) on OpenWebText with AdamW: 100k steps of 480 x 1024 tokens, as for other sizes.
+# GPT-2 XL (1.56B) on OpenWebText with AdamW: 100k steps of 480 x 1024 tokens.
 # The authors of Sophia gave learning_rate, weight_decay and betas for their 1.5B run (official
-# repository, issue 15). They used another code base there; this file itself has not been run.
-# What is not here is a default of configurator.py.
+# repository, issue 15), which used another code base. Nobody has run this file.
 out_dir = "out/gpt2-xl-adamw"
 wandb_log = True
 optimizer = "adamw"
@@ -9,4 +8,4 @@ n_layer = 48
 n_head = 25
 n_embd = 1600
 learning_rate = 1.2e-4
-lr_decay_iters = 100_000   # stays, should --max_iters stop the run early
+lr_decay_iters = 100_000   # keeps the schedule if --max_iters is lower

@@ -1,10 +1,8 @@
 """
-The figures of docs/: toy.png, five optimizers on two parameters, and clipping.png, which of a run's
-coordinates are clipped.
+Draw the figures of docs/: toy.png shows five optimizers on a loss with two parameters,
+clipping.png which coordinates of a SophiaG run are clipped, quickstart.png the quickstart's curves.
 
     python docs/figures.py [out/quickstart-sophiag]
-
-The run is one of train.py's with SophiaG, by default the quickstart's.
 """
 import os
 import sys
@@ -16,9 +14,10 @@ from matplotlib.figure import Figure
 DOCS = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(DOCS))
 import checkpoint  # noqa: E402
+from compare import read_run  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from optim import parameter_groups  # noqa: E402
-from plot import COLOURS, save  # noqa: E402
+from plot import COLOURS, VAL_LOSS, draw_panel, save_figure  # noqa: E402
 from script import ArgumentParser, UserError, run_script  # noqa: E402
 from sophia import SophiaG  # noqa: E402
 
@@ -30,14 +29,14 @@ KINDS = {"token embedding": ".wte.", "position embedding": ".wpe.", "attention":
 
 
 def toy_loss(theta):
-    """Sharp in x: minima at -1 and 1, a maximum at 0 between them. Flat in y: minimum at 4."""
+    """Sharp in x, with minima at -1 and 1 and a maximum at 0. Flat in y, with a minimum at 4."""
     x, y = theta
     return 4 * (x ** 2 - 1) ** 2 + 0.05 * (y - 4) ** 2
 
 
 def toy_path(method, lr):
-    """Points (STEPS + 1, 2) that a method visits from START; without momentum, so that what differs
-    is the size of the step alone. Newton has no learning rate."""
+    """The points (STEPS + 1, 2) that a method visits from START. No method uses momentum, so they
+    differ only in their step sizes. Newton ignores lr."""
     theta = torch.tensor(START, dtype=torch.float64, requires_grad=True)
     sophiag = dict(lr=lr, bs=1, betas=(0.0, 0.9), weight_decay=0.0, fused=False)
     optimizer = {
@@ -63,7 +62,7 @@ def toy_path(method, lr):
 def best_path(method):
     """The path at the learning rate of RATES with the lowest mean loss."""
     paths = [toy_path(method, lr) for lr in (RATES if method != "Newton" else [1.0])]
-    with np.errstate(over="ignore", invalid="ignore"):   # too high a rate diverges
+    with np.errstate(over="ignore", invalid="ignore"):   # high rates diverge
         means = [np.mean(toy_loss(path.T)) for path in paths]
     return paths[int(np.nanargmin(means))]
 
@@ -89,22 +88,22 @@ def draw_toy(path):
     losses.grid(alpha=0.3)
     losses.spines[["top", "right"]].set_visible(False)
     losses.legend(fontsize=8, frameon=False, ncols=2, loc="upper center", handlelength=2.6)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def clip_ratios(run_dir):
     """
-    {kind of parameter: |m| / (rho B h) of its coordinates}, of a run's newest checkpoint. A
-    coordinate is clipped where the ratio is 1 or more.
+    {kind of parameter: |m| / (rho B h) of its coordinates}, from the newest checkpoint of a run. A
+    coordinate is clipped if its ratio is 1 or more.
     """
     path, _ = checkpoint.find_latest(run_dir)
     if path is None:
-        raise UserError(f"no checkpoint in {run_dir}; make one: python data/pystdlib/prepare.py "
-                        f"&& python train.py config/quickstart_sophiag.py")
+        raise UserError(f"no checkpoint in {run_dir}; to train one: python "
+                        f"data/pystdlib/prepare.py && python train.py config/quickstart_sophiag.py")
     saved = checkpoint.load(path)
     if saved["config"]["optimizer"] != "sophiag":
-        raise UserError(f"{path} was trained with {saved['config']['optimizer']}; its coordinates "
-                        f"are not clipped. Name a run of SophiaG")
+        raise UserError(f"{path} was trained with {saved['config']['optimizer']}, which does not "
+                        f"clip coordinates; give a SophiaG run")
     model = GPT(GPTConfig(**saved["model_args"]))
     names = {id(p): name for name, p in model.named_parameters()}
     found = {kind: [] for kind in KINDS}
@@ -142,16 +141,33 @@ def draw_clipping(ratios, path):
     densities.legend(fontsize=8, frameon=False, ncols=2, loc="upper center", handlelength=2.6)
     for axis in bars, densities:
         axis.spines[["top", "right"]].set_visible(False)
-    save(figure, path)
+    save_figure(figure, path)
+
+
+def draw_quickstart(folder, path):
+    """Validation loss and win_rate of the quickstart runs in folder."""
+    runs = []
+    for optimizer, name in ("sophiag", "SophiaG"), ("adamw", "AdamW"), ("lion", "Lion"):
+        if os.path.isdir(run_dir := os.path.join(folder, f"quickstart-{optimizer}")):
+            runs.append(read_run(run_dir))
+            runs[-1].name = name
+    figure = Figure(figsize=(4.8, 5.2), dpi=160, layout="constrained")
+    losses, win_rates = figure.subplots(2, 1, height_ratios=(1.5, 1))
+    draw_panel(losses, runs, "iter", "val/loss", VAL_LOSS.replace("token", "byte"))
+    draw_panel(win_rates, runs[:1], "iter", "train/win_rate", "SophiaG's win_rate")
+    losses.legend(frameon=False)
+    save_figure(figure, path)
 
 
 def main(argv):
     parser = ArgumentParser(__doc__)
-    parser.add_argument("run", nargs="?", default="out/quickstart-sophiag", help="run directory")
+    parser.add_argument("run", nargs="?", default="out/quickstart-sophiag", help="of SophiaG")
     args = parser.parse_args(argv)
     ratios = clip_ratios(args.run)
     draw_toy(os.path.join(DOCS, "toy.png"))
     draw_clipping(ratios, os.path.join(DOCS, "clipping.png"))
+    draw_quickstart(os.path.dirname(os.path.normpath(args.run)),
+                    os.path.join(DOCS, "quickstart.png"))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Finetune a GPT-2 with SophiaG in Hugging Face's Trainer. Every TrainingArguments field is a flag.
+"""Finetune GPT-2 with SophiaG in Hugging Face's Trainer. Every TrainingArguments field is a flag.
     python examples/hf_trainer.py                  # a tiny new GPT-2 on README.md, no network
     python examples/hf_trainer.py --model=gpt2 --text=FILE --learning_rate=2e-5
     accelerate launch --multi_gpu --num_processes=2 examples/hf_trainer.py   # CPU: add --use_cpu"""
@@ -15,22 +15,22 @@ from sophia import SophiaG  # noqa: E402
 
 
 class SophiaTrainer(hf.Trainer, hf.TrainerCallback):
-    """After every k-th update, estimates the Hessian on that update's inputs, by training_step."""
+    """After every k-th update, runs training_step on its inputs again to estimate the Hessian."""
     def __init__(self, *args, hessian_interval=10, **kwargs):
         super().__init__(*args, **kwargs)
         self.hessian_interval = hessian_interval
         self.add_callback(self)
 
-    def get_batch_samples(self, *args):   # called before an update, returns all its micro-batches
+    def get_batch_samples(self, *args):   # called once per update, for all its micro-batches
         found = self.micro_batches, _ = super().get_batch_samples(*args)
         return found
 
     def drawn_label_loss(self, outputs, labels, num_items_in_batch):
-        """This micro-batch's part of the mean loss over the n predictions of an update, before DDP
-        averages it. sqrt(n / bs) keeps bs g*g unbiased where padding or an epoch's end lowers n."""
+        """This micro-batch's share of the mean loss over an update's n predictions. DDP averages it
+        later. sqrt(n / bs) keeps bs g*g unbiased if padding or the end of an epoch lowers n."""
         logits = outputs.logits[:, :-1].flatten(0, 1).float()
         drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=self.generator)[:, 0]
-        drawn[labels[:, 1:].flatten() == -100] = -100   # padding stays padding
+        drawn[labels[:, 1:].flatten() == -100] = -100   # ignore padding
         loss = torch.nn.functional.cross_entropy(logits, drawn, reduction="sum")
         return loss * self.args.world_size / (self.n * self.optimizer.param_groups[0]["bs"]) ** 0.5
 
@@ -48,7 +48,7 @@ class SophiaTrainer(hf.Trainer, hf.TrainerCallback):
                 self.training_step(model, inputs)
         self.training_step(model, self.micro_batches[-1])
         self.compute_loss_func = training_loss
-        if self.accelerator.scaler:   # fp16: divide here, so that the scaler's state stays
+        if self.accelerator.scaler:   # fp16: unscale without changing the scaler's state
             grads = [p.grad for p in model.parameters() if p.grad is not None]
             torch._foreach_div_(grads, self.accelerator.scaler.get_scale())
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or torch.inf)
@@ -57,24 +57,24 @@ class SophiaTrainer(hf.Trainer, hf.TrainerCallback):
         model.zero_grad()
 
     def log(self, logs, *args, **kwargs):
-        if "loss" in logs:   # of training: add win_rate, rho, and the norms of theta, m and h
+        if "loss" in logs:   # training logs get win_rate, rho, and norms of theta, m, h
             logs.update({k: v.item() for k, v in self.optimizer.optimizer.statistics().items()})
         super().log(logs, *args, **kwargs)
 
 
 def main():
     parser = hf.HfArgumentParser(hf.TrainingArguments)
-    parser.add_argument("--model", help="a name at the hub or a folder")
-    parser.add_argument("--text", help="a file", type=Path, default="README.md")
-    parser.add_argument("--hessian_interval", help="k", type=int, default=10)
+    parser.add_argument("--model", help="a name on the Hub or a folder; default: a tiny GPT-2")
+    parser.add_argument("--text", help="a text file", type=Path, default="README.md")
+    parser.add_argument("--hessian_interval", help="in steps", type=int, default=10)
     parser.set_defaults(output_dir="out/hf", max_steps=100, learning_rate=3e-4, logging_steps=10)
     args, example = parser.parse_args_into_dataclasses()
-    example.text.is_file() or sys.exit(f"{example.text} is not a file; name one with --text")
+    example.text.is_file() or sys.exit(f"{example.text} is not a file; choose one with --text")
     hf.set_seed(args.seed)
     if example.model:
         model = hf.AutoModelForCausalLM.from_pretrained(example.model)
         encode = hf.AutoTokenizer.from_pretrained(example.model).encode
-    else:   # over bytes
+    else:   # on bytes
         model = hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=256, n_positions=128, n_embd=128,
                                    n_layer=2, n_head=4, bos_token_id=None, eos_token_id=None))
         encode = str.encode
@@ -95,5 +95,5 @@ def main():
 
 if __name__ == "__main__":
     main()
-    gc.collect()   # DDP's wrapper: on CPUs, an exit while it holds the process group may abort
+    gc.collect()   # frees DDP's wrapper; on CPUs, the exit may abort otherwise
     accelerate.PartialState().destroy_process_group()

@@ -1,9 +1,9 @@
 """
-SophiaG against AdamW: a small vision transformer on scikit-learn's handwritten digits. The GNB
-estimator serves any softmax classifier: here an image has one label, drawn from ten classes.
+Compare SophiaG with AdamW: a small vision transformer on scikit-learn's handwritten digits. The
+GNB estimator works for any softmax classifier; here it draws one of ten classes for each image.
     python examples/image_classifier.py
-Each optimizer is tried with five learning rates, a factor of two apart, on one seed. The rate with
-the lowest validation loss is then trained on other seeds, whose test results make the table.
+Each optimizer gets five learning rates, a factor of two apart, on one seed. The rate with the
+lowest validation loss is then trained on other seeds. The table shows their test results.
 """
 import argparse
 import sys
@@ -22,7 +22,7 @@ RATES = {"AdamW": [5e-4, 1e-3, 2e-3, 4e-3, 8e-3], "SophiaG": [1e-4, 2e-4, 4e-4, 
 
 
 class ViT(nn.Module):
-    """Images (B, 1, 8, 8), as 16 patches of 2 x 2 pixels, to logits (B, 10)."""
+    """Maps images (B, 1, 8, 8), as 16 patches of 2 x 2 pixels, to logits (B, 10)."""
 
     def __init__(self, width=32, depth=2, heads=4):
         super().__init__()
@@ -47,18 +47,18 @@ def update_hessian(model, optimizer, images, generator):
 
 
 def train(name, rate, images, labels, epochs, seed):
-    """Returns a trained ViT. Its first weights and its batches depend on the seed alone."""
+    """Returns a trained ViT. Its initial weights and batches depend only on the seed."""
     torch.manual_seed(seed)
     model = ViT()
     settings = dict(lr=rate, betas=(0.9, 0.99), weight_decay=0.1)
-    if name == "SophiaG":   # B is one label for each image of a batch
+    if name == "SophiaG":   # B: one label per image of the batch
         optimizer = SophiaG(model.parameters(), **settings, bs=BATCH, target_win_rate=0.3)
     else:
         optimizer = torch.optim.AdamW(model.parameters(), **settings)
     batches = [batch for _ in range(epochs) for batch in torch.randperm(len(images)).split(BATCH)]
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, len(batches), pct_start=0.1,
                                                    cycle_momentum=False)
-    generator = torch.Generator().manual_seed(seed)   # of the drawn labels
+    generator = torch.Generator().manual_seed(seed)   # for the drawn labels
     for step, batch in enumerate(batches, 1):
         F.cross_entropy(model(images[batch]), labels[batch]).backward()
         optimizer.step()

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))   # for sophia.py
 from sophia import SophiaG  # noqa: E402
 
-BLOCK, BATCH = 64, 8   # tokens of a sequence; sequences of a micro-batch in one process
+BLOCK, BATCH = 64, 8   # tokens per sequence; sequences per micro-batch and process
 
 
 class LanguageModel(lightning.LightningModule):
@@ -46,7 +46,7 @@ class LanguageModel(lightning.LightningModule):
 
     def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure):
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        steps = self.trainer.global_step + 1   # Lightning counts this one after the hook
+        steps = self.trainer.global_step + 1   # Lightning counts this step after the hook
         if steps % self.hparams.hessian_interval == 0:
             self.update_hessian(optimizer.optimizer, steps)
         self.log("win_rate", optimizer.optimizer.win_rate(), prog_bar=True)
@@ -56,7 +56,7 @@ class LanguageModel(lightning.LightningModule):
         seed = hash((self.hparams.seed, steps, self.global_rank))   # differs by process
         generator = torch.Generator(self.device).manual_seed(seed)
         precision = self.trainer.precision_plugin
-        scaler = getattr(precision, "scaler", None)   # of 16-mixed; its state does not change
+        scaler = getattr(precision, "scaler", None)   # with 16-mixed; its state must not change
         scale = scaler.get_scale() if scaler else 1.0
         bs = sophia.param_groups[0]["bs"]
         n = len(self.micro_batches) * BATCH * BLOCK * self.trainer.world_size   # at most bs
@@ -67,7 +67,7 @@ class LanguageModel(lightning.LightningModule):
             drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
             loss = F.cross_entropy(logits, drawn, reduction="sum") * self.trainer.world_size
             (loss / (n * bs) ** 0.5 * scale).backward()   # mean loss times sqrt(n / bs)
-        for p in self.parameters():   # DDP does not see this pass
+        for p in self.parameters():   # DDP does not reduce this pass
             p.grad = self.trainer.strategy.reduce(p.grad / scale, reduce_op="mean")
         norm = nn.utils.clip_grad_norm_(self.parameters(), self.trainer.gradient_clip_val or 1e9)
         if norm.isfinite():

@@ -18,7 +18,6 @@ import sys
 import time
 
 import torch
-from collect import append
 
 RESULTS = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(RESULTS)
@@ -256,6 +255,15 @@ def read(path):
         return []
     with open(path, encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def append(path, rows):
+    new = not os.path.exists(path)
+    with open(path, "a", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, rows[0], lineterminator="\n")
+        if new:
+            table.writeheader()
+        table.writerows(rows)
 
 
 def machine():

@@ -1,4 +1,4 @@
-"""compare.py on invented runs, whose answers are known by hand."""
+"""compare.py on synthetic runs with results worked out by hand."""
 import contextlib
 import io
 import json
@@ -19,12 +19,12 @@ CONFIG = dict(
     optimizer="adamw", learning_rate=1e-3, min_lr=1e-4, max_iters=400, warmup_iters=10,
     lr_decay_iters=400, decay_lr=True, weight_decay=0.1, rho=0.05)
 ADAMW = {0: 5.0, 100: 4.0, 200: 3.0, 300: 2.6, 400: 2.5}
-# Goes from 2.7 to 2.3 between steps 200 and 300: is at 2.5, AdamW's end, at step 250.
+# Falls from 2.7 to 2.3 between steps 200 and 300, so it reaches AdamW's final 2.5 at step 250.
 SOPHIAG = {0: 5.0, 100: 3.5, 200: 2.7, 300: 2.3, 400: 2.2}
 
 
-def invent(folder, losses=ADAMW, ms=100, win_rate=None, hessian_ms=0, **config):
-    """A run directory. Losses by step; every tenth step takes hessian_ms more."""
+def write_run(folder, losses=ADAMW, ms=100, win_rate=None, hessian_ms=0, **config):
+    """Write a run directory. losses: {step: val loss}; every tenth step takes hessian_ms more."""
     folder.mkdir(parents=True)
     config = {**CONFIG, "out_dir": str(folder), "wandb_run_name": folder.name, **config}
     (folder / "config.json").write_text(json.dumps(config))
@@ -42,22 +42,22 @@ def invent(folder, losses=ADAMW, ms=100, win_rate=None, hessian_ms=0, **config):
 
 
 def compare(*words):
-    """What compare.py prints."""
+    """Return what compare.py prints."""
     with contextlib.redirect_stdout(io.StringIO()) as output:
         main([str(word) for word in words])
     return output.getvalue()
 
 
-def error(*words):
-    """The one line that compare.py refuses with."""
-    with pytest.raises(UserError) as refused:
+def error_of(*words):
+    """Return the error of a call that must fail; it is one line."""
+    with pytest.raises(UserError) as raised:
         compare(*words)
-    assert "\n" not in str(refused.value)
-    return str(refused.value)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
 
 
-def tables(output):
-    """Rows of the tables that output consists of: {first cell of a row: {column: cell}}, merged."""
+def parse_tables(output):
+    """All rows of all printed tables, merged: {first cell of a row: {column: cell}}."""
     cells = {}
     for block in output.split("\n\n"):
         head, *rows = block.splitlines()
@@ -72,19 +72,19 @@ def tables(output):
 
 @pytest.fixture
 def adamw(tmp_path):
-    return invent(tmp_path / "adamw")
+    return write_run(tmp_path / "adamw")
 
 
 @pytest.fixture
 def sophiag(tmp_path):
-    """As fast as AdamW but for the Hessian, which costs 10%."""
-    return invent(tmp_path / "sophiag", SOPHIAG, optimizer="sophiag", weight_decay=0.2,
+    """As fast as AdamW except for the Hessian, which adds 10%."""
+    return write_run(tmp_path / "sophiag", SOPHIAG, optimizer="sophiag", weight_decay=0.2,
                   win_rate=lambda step: 0.9 if step <= 40 else 0.15 + step / 2000, hessian_ms=100)
 
 
-def test_what_each_run_came_to(sophiag, adamw):
+def test_summary_of_each_run(sophiag, adamw):
     output = compare(sophiag, adamw)
-    rows = tables(output)
+    rows = parse_tables(output)
     assert {
         "optimizer": "sophiag", "steps": "400", "tokens": "102,400", "time": "0.7 min",
         "final val loss": "2.2000 +- 0.0125", "best val loss": "2.2000 at 400",
@@ -95,37 +95,37 @@ def test_what_each_run_came_to(sophiag, adamw):
 
 
 def test_the_best_evaluation_need_not_be_the_last(tmp_path):
-    row = tables(compare(invent(tmp_path / "over", {0: 5, 200: 2.25, 400: 2.5})))["over"]
+    row = parse_tables(compare(write_run(tmp_path / "over", {0: 5, 200: 2.25, 400: 2.5})))["over"]
     assert (row["final val loss"], row["best val loss"]) == ("2.5000 +- 0.0125", "2.2500 at 200")
 
 
 def test_speed_up_is_interpolated_between_evaluations(sophiag, adamw):
     output = compare(sophiag, adamw)
-    row = tables(output)["sophiag"]
+    row = parse_tables(output)["sophiag"]
     assert "warning" not in output
     assert row["steps to 2.5000"] == "250 (1.60x)"
     assert row["time to 2.5000"] == "0.5 min (1.45x)"     # 40 s against 250 x 0.11 s
-    assert row["at equal steps"] == "-0.3000 at 400"
+    assert row["loss diff at equal steps"] == "-0.3000 at 400"
     # After 40 s sophiag is at step 363.6, 2.3 - 0.1 x 0.636 = 2.2364.
-    assert row["at equal time"] == "-0.2636 at 0.7 min"
+    assert row["loss diff at equal time"] == "-0.2636 at 0.7 min"
 
 
 def test_the_baseline_is_the_first_adamw_run_or_else_the_first(tmp_path, sophiag, adamw):
-    lion = invent(tmp_path / "lion", SOPHIAG, optimizer="lion")
-    assert "against adamw " in compare(lion, sophiag, adamw)
-    assert "against lion " in compare(lion, sophiag)
+    lion = write_run(tmp_path / "lion", SOPHIAG, optimizer="lion")
+    assert "vs adamw " in compare(lion, sophiag, adamw)
+    assert "vs lion " in compare(lion, sophiag)
 
 
 def test_a_loss_that_is_never_reached(tmp_path, adamw):
-    worse = invent(tmp_path / "worse", {0: 5.0, 400: 2.75}, optimizer="lion")
-    row = tables(compare(worse, adamw))["worse"]
+    worse = write_run(tmp_path / "worse", {0: 5.0, 400: 2.75}, optimizer="lion")
+    row = parse_tables(compare(worse, adamw))["worse"]
     assert row["steps to 2.5000"] == row["time to 2.5000"] == "not reached"
-    assert row["at equal steps"] == "+0.2500 at 400"
+    assert row["loss diff at equal steps"] == "+0.2500 at 400"
 
 
 def test_settings_that_differ(sophiag, adamw):
-    rows = tables(compare(sophiag, adamw))
-    assert rows["weight_decay"] == {"differs": "weight_decay", "sophiag": "0.2", "adamw": "0.1"}
+    rows = parse_tables(compare(sophiag, adamw))
+    assert rows["weight_decay"] == {"setting": "weight_decay", "sophiag": "0.2", "adamw": "0.1"}
     assert rows["optimizer"]["sophiag"] == "sophiag"
     assert not {"out_dir", "wandb_run_name", "learning_rate"} & rows.keys()
 
@@ -136,55 +136,58 @@ def test_settings_that_differ(sophiag, adamw):
     ("seed", 2), ("n_layer", 3), ("n_head", 1), ("n_embd", 64), ("dropout", 0.1), ("bias", True),
     ("init_from", "out/other")])
 def test_an_unfair_comparison_is_a_warning_and_no_speed_up(tmp_path, adamw, key, value):
-    other = invent(tmp_path / "other", SOPHIAG, optimizer="sophiag", **{key: value})
+    other = write_run(tmp_path / "other", SOPHIAG, optimizer="sophiag", **{key: value})
     output = compare(adamw, other)
     warnings = [line for line in output.splitlines() if line.startswith("warning: ")]
-    assert warnings == [f"warning: other: {key}={value}, adamw: {CONFIG[key]}"]
-    row = tables(output)["other"]
+    assert warnings == [f"warning: {key} differs between other and adamw"]
+    rows = parse_tables(output)
+    assert rows[key] == {"setting": key, "adamw": str(CONFIG[key]), "other": str(value)}
+    row = rows["other"]
     assert row["steps to 2.5000"] == row["time to 2.5000"] == "see warning"
     other_loss = key in ("dataset", "block_size", "total_batch_size", "eval_iters")
-    assert row["at equal steps"] == ("-" if other_loss else "-0.3000 at 400")
+    assert row["loss diff at equal steps"] == ("-" if other_loss else "-0.3000 at 400")
 
 
 @pytest.mark.parametrize("key, value", [
     ("learning_rate", 2e-3), ("min_lr", 0.0), ("weight_decay", 0.3), ("rho", 0.1),
     ("batch_size", 8), ("init_from", "auto"), ("grad_clip", 0.5)])
-def test_what_is_compared_is_not_unfair(tmp_path, adamw, key, value):
-    output = compare(adamw, invent(tmp_path / "other", SOPHIAG, **{key: value}))
+def test_optimizer_settings_may_differ_in_a_fair_comparison(tmp_path, adamw, key, value):
+    output = compare(adamw, write_run(tmp_path / "other", SOPHIAG, **{key: value}))
     assert "warning" not in output and "250 (1.60x)" in output
-    assert (key in tables(output)) == (key != "init_from")
+    assert (key in parse_tables(output)) == (key != "init_from")
 
 
 @pytest.mark.parametrize("which", ["adamw", "sophiag"])
-def test_a_run_before_the_end_of_its_schedule(tmp_path, which):
+def test_an_unfinished_run_gets_no_speed_up(tmp_path, which):
     losses = dict(adamw=ADAMW, sophiag=SOPHIAG)
     losses[which] = {step: loss for step, loss in losses[which].items() if step <= 300}
-    output = compare(*(invent(tmp_path / n, losses[n], optimizer=n) for n in losses))
-    assert f"warning: {which}: evaluated up to step 300 of 400\n" in output
+    output = compare(*(write_run(tmp_path / n, losses[n], optimizer=n) for n in losses))
+    assert f"warning: {which} was last evaluated at step 300 of 400\n" in output
     assert output.count("see warning") == 2 and "0x)" not in output
-    assert tables(output)["sophiag"]["at equal steps"] == "-0.3000 at 300"
+    assert parse_tables(output)["sophiag"]["loss diff at equal steps"] == "-0.3000 at 300"
 
 
-def test_max_iters_can_end_before_the_schedule_does(tmp_path):
-    runs = [invent(tmp_path / name, lr_decay_iters=800) for name in ("one", "two")]
-    assert "one: evaluated up to step 400 of 800" in compare(*runs)
+def test_a_run_that_stopped_before_its_schedule_ends(tmp_path):
+    runs = [write_run(tmp_path / name, lr_decay_iters=800) for name in ("one", "two")]
+    assert "one was last evaluated at step 400 of 800" in compare(*runs)
 
 
-def test_runs_of_one_name_are_told_apart(tmp_path):
-    runs = [invent(tmp_path / place / "run") for place in ("here", "there")]
-    alone = invent(tmp_path / "alone")
-    rows = tables(compare(*runs, alone))
-    assert {"here/run", "there/run", "alone"} <= rows.keys()
+def test_runs_with_the_same_folder_name_are_shown_by_their_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in "here/run", "there/run", "alone":
+        write_run(tmp_path / path)
+    rows = parse_tables(compare("here/run", "there/run/", tmp_path / "alone"))
+    assert {"here/run", "there/run/", "alone"} <= rows.keys()
 
 
-def test_a_torn_last_line_and_records_of_old_runs(tmp_path, adamw):
+def test_a_truncated_last_line_and_records_of_old_runs(tmp_path, adamw):
     with open(adamw / "metrics.jsonl", "a") as file:
         file.write('{"iter": 4')
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "config.json").write_text('{"optimizer": "lion"}')
     (bare / "metrics.jsonl").write_text('{"iter": 0, "val/loss": 3.0}\n')
-    rows = tables(compare(adamw, bare))
+    rows = parse_tables(compare(adamw, bare))
     assert rows["adamw"]["final val loss"] == "2.5000 +- 0.0125"
     assert (rows["bare"]["final val loss"], rows["bare"]["ms/step"]) == ("3.0000", "-")
 
@@ -201,21 +204,22 @@ def test_a_panel_exported_from_wandb(tmp_path, adamw):
     path = tmp_path / "export.csv"
     path.write_text(EXPORT)
     output = compare(path, f"--plot={tmp_path}/c.png")
-    rows = tables(output)
+    rows = parse_tables(output)
     assert rows["a - b"]["best val loss"] == "2.0000 at 200" and rows["c"]["steps"] == "300"
-    assert rows["c"]["at equal steps"] == f"{5 - 2 * 200 / 300 - 2:+.4f} at 200"
-    assert "warning: c: an export, without the settings" in output and "x)\n" not in output
+    assert rows["c"]["loss diff at equal steps"] == f"{5 - 2 * 200 / 300 - 2:+.4f} at 200"
+    assert "warning: c is a wandb export, so its settings are unknown" in output
+    assert "x)\n" not in output
     path.write_text(EXPORT.replace("iter", "Step"))
-    assert "against adamw" in compare(path, adamw)
+    assert "vs adamw" in compare(path, adamw)
 
 
 @pytest.mark.parametrize("text, named", [
     ("", "val/loss"), ("iter,a - train/loss\n1,2\n", "val/loss"),
     ("epoch,a - val/loss\n1,2\n", "iter"), ("iter,a - val/loss\n1,two\n", "two"),
     ("iter,a - val/loss\n1,2,3\n", "export.csv")])
-def test_another_csv_is_an_error(tmp_path, text, named):
+def test_a_csv_not_exported_from_wandb_is_an_error_of(tmp_path, text, named):
     (tmp_path / "export.csv").write_text(text)
-    assert named in error(tmp_path / "export.csv")
+    assert named in error_of(tmp_path / "export.csv")
 
 
 def test_plot(tmp_path, sophiag, adamw):
@@ -228,25 +232,25 @@ def test_plot(tmp_path, sophiag, adamw):
 
 
 def test_only_what_the_runs_have_is_plotted(tmp_path):
-    """Of an export that is one panel, a row, not four."""
+    """An export has only val loss over steps: one panel, so one row of panels instead of four."""
     (tmp_path / "export.csv").write_text(EXPORT)
     path = tmp_path / "curves.png"
     compare(tmp_path / "export.csv", f"--plot={path}")
     assert struct.unpack(">II", path.read_bytes()[16:24]) == (9 * 160, 3.2 * 160)
 
 
-def test_a_run_that_has_just_begun_is_plotted_with_the_others(tmp_path, adamw):
-    compare(invent(tmp_path / "new", {0: 5.0}), adamw, f"--plot={tmp_path}/c.svg")
+def test_a_run_that_just_started_is_plotted_with_the_others(tmp_path, adamw):
+    compare(write_run(tmp_path / "new", {0: 5.0}), adamw, f"--plot={tmp_path}/c.svg")
     assert (tmp_path / "c.svg").read_text().count("<svg") == 1
 
 
-@pytest.mark.parametrize("plot, named", [("nowhere/c.png", "nowhere/c.png"), ("c.doc", ".png")])
+@pytest.mark.parametrize("plot, named", [("nowhere/c.png", "nowhere/c.png"), ("c.doc", "png")])
 def test_a_plot_that_cannot_be_written(tmp_path, adamw, plot, named):
-    assert named in error(adamw, f"--plot={tmp_path}/{plot}")
+    assert named in error_of(adamw, f"--plot={tmp_path}/{plot}")
 
 
-def test_matplotlib_is_needed_for_plots_alone(tmp_path, adamw):
-    """A folder that shadows matplotlib with a file that cannot be imported."""
+def test_only_plots_need_matplotlib(tmp_path, adamw):
+    """A module that cannot be imported shadows matplotlib."""
     (tmp_path / "matplotlib.py").write_text("raise ImportError")
     words = ("compare.py", adamw)
     assert run(*words, PYTHONPATH=str(tmp_path)).returncode == 0
@@ -254,10 +258,10 @@ def test_matplotlib_is_needed_for_plots_alone(tmp_path, adamw):
     assert done.returncode == 2 and "pip install matplotlib" in done.stderr
 
 
-def test_no_evaluation_yet_is_an_error(tmp_path, adamw):
-    new = invent(tmp_path / "new")
+def test_no_evaluation_yet_is_an_error_of(tmp_path, adamw):
+    new = write_run(tmp_path / "new")
     (new / "metrics.jsonl").write_text('{"iter": 10, "train/loss": 5.0}\n')
-    assert os.path.join("new", "metrics.jsonl") in error(adamw, new)
+    assert os.path.join("new", "metrics.jsonl") in error_of(adamw, new)
 
 
 def test_help_fits_a_screen():

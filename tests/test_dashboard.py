@@ -1,4 +1,4 @@
-"""dashboard.py: every panel charts what a run writes, and a workspace is saved as it was built."""
+"""dashboard.py: every panel charts a metric that runs write, and saving sends the workspace."""
 import json
 import subprocess
 import sys
@@ -15,8 +15,8 @@ from script import UserError
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
-def know_a_peak():
-    """mfu is written where the device's peak is known, as a CPU's is not."""
+def set_cpu_peak():
+    """Give the CPU a peak, since runs log mfu only on devices with a known peak."""
     import device
     device.peak_flops = lambda device, dtype: 1e12
 
@@ -28,7 +28,7 @@ def written(tiny_data, tmp_path_factory):
     knobs = {**TINY, "dataset": tiny_data, "out_dir": folder / "run", "max_iters": 10,
              "target_win_rate": 0.3}   # without it rho is constant and not written
     output = folder / "output"
-    assert Fork("train.py", flags(**knobs), output, output, know_a_peak).end() == 0, (
+    assert Fork("train.py", flags(**knobs), output, output, set_cpu_peak).end() == 0, (
         output.read_text())
     return set().union(*records(folder / "run", "iter"))
 
@@ -60,14 +60,14 @@ def check(spec, written):
     assert not any(s["useRunsTableGroupingInPanels"] for s in settings)
 
 
-def test_panels_chart_what_a_run_writes(written):
-    model = dashboard.build("me", "my-project")._to_model()
+def test_panels_chart_metrics_that_a_run_writes(written):
+    model = dashboard.build_workspace("me", "my-project")._to_model()
     assert (model.entity, model.project) == ("me", "my-project")
     check(json.loads(model.spec.model_dump_json(by_alias=True, exclude_none=True)), written)
 
 
 def save(tmp_path, *words, **env):
-    """Run the script as a user without an account, but for env."""
+    """Run the script without an account, except what env provides."""
     clean = {k: v for k, v in environment(HOME=str(tmp_path)).items() if not k.startswith("WANDB_")}
     return subprocess.run(command("dashboard.py", *words), env={**clean, **env}, text=True,
                           stdin=subprocess.DEVNULL, capture_output=True, timeout=120)
@@ -117,7 +117,7 @@ def test_saving_sends_the_workspace(tmp_path, written):
     assert len(refused.stderr.splitlines()) == 1
 
 
-def test_without_an_account_it_is_one_line(tmp_path):
+def test_without_an_account_the_error_is_one_line(tmp_path):
     done = save(tmp_path)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("dashboard.py: error: cannot save the workspace: No API key")
@@ -129,4 +129,4 @@ def test_without_the_package_the_error_names_it(monkeypatch):
     monkeypatch.delitem(sys.modules, "wandb_workspaces.workspaces", raising=False)
     monkeypatch.delitem(sys.modules, "wandb_workspaces.reports.v2", raising=False)
     with pytest.raises(UserError, match="pip install wandb wandb-workspaces"):
-        dashboard.build("me", "my-project")
+        dashboard.build_workspace("me", "my-project")

@@ -1,6 +1,6 @@
 """
-Batches as a pure function of (seed, stream, step), and what is refused of a data set. In most tests
-a token is its own position in the file, so x shows the windows.
+Batches are a pure function of (seed, stream, step), and damaged data sets are refused. In most
+tests a token is its own position in the file, so x shows the windows.
 """
 import json
 import os
@@ -92,7 +92,7 @@ def test_ranks_share_a_batch(positions, size):
                 assert torch.equal(one, torch.cat(many))
 
 
-def test_hessian_noise_is_uniform_and_drawn_anew_for_each_sample(positions):
+def test_hessian_noise_is_uniform_and_independent_across_samples(positions):
     batches = loader(positions)
     noise = torch.cat([batches.hessian(update)[2] for update in range(256)])
     assert noise.dtype == torch.float32 and noise.shape == (2048, T)
@@ -109,8 +109,8 @@ def test_hessian_noise_is_uniform_and_drawn_anew_for_each_sample(positions):
     assert not torch.isin(other, batches.hessian(0)[2]).any()
 
 
-def test_hutchinsons_direction_depends_on_seed_and_update_alone(positions):
-    """And not on the rank: H u of the ranks' batches is averaged, and must be of one u."""
+def test_hutchinson_direction_depends_only_on_seed_and_update(positions):
+    """Not on the rank: the ranks average H u, so all must use the same u."""
     like = [torch.zeros(300, 4), torch.zeros(2000, dtype=torch.float64)]
     found = [loader(positions, rank, 2, seed=seed).direction(update, like)
              for rank, seed, update in ((0, 5, 3), (1, 5, 3), (0, 5, 4), (0, 6, 3))]
@@ -123,7 +123,7 @@ def test_hutchinsons_direction_depends_on_seed_and_update_alone(positions):
 
 
 def val_starts(data, size=1, **settings):
-    """Starts of the evaluation windows, a list for each rank."""
+    """Start positions of the evaluation windows, one list per rank."""
     return [[start for x, _ in loader(data, rank, size, **settings).val()
              for start in x[:, 0].tolist()] for rank in range(size)]
 
@@ -131,7 +131,7 @@ def val_starts(data, size=1, **settings):
 def test_evaluation_windows_are_fixed_and_spread(positions):
     everything = list(range(0, 37 * T, T))
     assert val_starts(positions, eval_iters=0) == [everything]
-    assert val_starts(positions, eval_iters=100) == [everything]   # there are no more
+    assert val_starts(positions, eval_iters=100) == [everything]   # val.bin has fewer
     some, = val_starts(positions, eval_iters=1)   # 12 of 37
     assert len(some) == 12 and set(some) <= set(everything)
     assert some[0] == 0 and some[-1] >= 37 * T * 11 // 12 - T
@@ -179,7 +179,7 @@ def test_a_token_beyond_the_vocabulary_is_refused(tmp_path):
             stream(0)
 
 
-def test_a_file_truncated_under_the_run_is_noticed(tmp_path):
+def test_a_file_truncated_during_the_run_is_detected(tmp_path):
     batches = loader(write_data(tmp_path, np.arange(2000), np.arange(400), vocab_size=60_000))
     batches.train(0)
     os.truncate(tmp_path / "train.bin", 100)
@@ -215,14 +215,14 @@ def resident_bytes():
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def test_resident_memory_does_not_grow_by_the_file(tmp_path):
+def test_resident_memory_does_not_grow_with_the_file(tmp_path):
     folder = write_data(tmp_path, np.ones(26_000_000, np.uint16), [1] * 2000)   # 52 MB
     batches = loader(folder, block_size=1024, total_batch_size=64)
     batches.train(0)
     before = resident_bytes()
-    for step in range(1, 26_000_000 // (64 * 1024)):   # an epoch: all of the file
+    for step in range(1, 26_000_000 // (64 * 1024)):   # one epoch reads the whole file
         batches.train(step)
     assert resident_bytes() - before < 15e6
     mapped = np.memmap(folder / "train.bin", np.uint16, "r")
     assert mapped.sum() == 26_000_000
-    assert resident_bytes() - before > 40e6   # what a mapping costs: the measure can tell
+    assert resident_bytes() - before > 40e6   # a memory map does grow: the measurement works

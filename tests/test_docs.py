@@ -1,4 +1,4 @@
-"""docs/: commands and code of its pages run, links lead somewhere, figures show what is said."""
+"""docs/: commands and snippets run, links resolve, and figures show what the captions say."""
 import json
 import os
 import re
@@ -6,34 +6,45 @@ import runpy
 import sys
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
 from conftest import ROOT, code_blocks, flags, records, run, shell, train, write_data
+from pyarrow import parquet
 from test_init_from import CONTEXT, SHAPE, V, as_sophia, build_theirs, their_loss
 
 import checkpoint
 from plot import COLOURS
 from sophia import SophiaG
 
-PAGES = ("sophia.md", "faq.md")
+PAGES = ("sophia.md", "faq.md", "reliability.md", "data.md", "trainers.md")
 COMMANDS = [c for page in PAGES for c in code_blocks(ROOT / "docs" / page)[0]]
 SNIPPETS = code_blocks(ROOT / "docs/faq.md")[1]
+HOOK, FSDP2 = code_blocks(ROOT / "docs/trainers.md")[1]
 FIGURES = runpy.run_path(str(ROOT / "docs/figures.py"))
 QUICK = flags(max_iters=2, warmup_iters=1, eval_iters=1, n_layer=1, n_embd=32, block_size=32)
+RESUME = "quickstart_sophiag.py --init_from=resume"
+TINY_RUN = " ".join(flags(
+    n_layer=1, n_head=2, n_embd=32, block_size=32, batch_size=2, total_batch_size=8, max_iters=2,
+    warmup_iters=1, lr_decay_iters=4, eval_iters=1, device="cpu", compile=False, wandb_log=False))
 
 
 def command(word):
-    """The one command of the pages that has a word in it, with this Python."""
+    """The only command on the pages that contains word, with this Python."""
     found, = [c for c in COMMANDS if word in c]
-    torchrun = f"{sys.executable} -m torch.distributed.run"
-    return re.sub("^python", sys.executable, re.sub("^torchrun", torchrun, found))
+    found = re.sub("^python", sys.executable, found)
+    found = re.sub("^pytest", f"{sys.executable} -m pytest", found)
+    return re.sub("(^| )torchrun", rf"\1{sys.executable} -m torch.distributed.run", found)
 
 
 def test_commands_are_those_that_are_tested_here():
-    words = ("out/scaled", "figures", "out/steered", "out/finetuned", "out/rates", "--nproc",
-             "official")
-    assert len({command(word) for word in words}) == len(COMMANDS) == len(words)
-    assert code_blocks(ROOT / "docs/sophia.md")[1] == []
+    words = ("out/scaled", "figures", "out/steered", "out/finetuned", "out/rates", "node=4",
+             "official", RESUME, "signals", "HOST", "faults", "hypothesis", "openwebtext/prepare",
+             "fineweb_edu", "out_dir=data/book", "out_dir=out/book", "sample.py", "nanoGPT")
+    untested = "pip-audit", "sbatch"   # they need a network and Slurm
+    assert len({command(word) for word in (*words, *untested)}) == len(COMMANDS)
+    assert all(code_blocks(ROOT / "docs" / page)[1] == [] for page in PAGES
+               if page not in ("faq.md", "trainers.md"))
 
 
 def test_commands_run_after_a_quickstart(copy, tiny_data):
@@ -44,7 +55,7 @@ def test_commands_run_after_a_quickstart(copy, tiny_data):
         done = run(script, *words, *quickstart[1:], cwd=copy)
         assert done.returncode == 0, done.stderr
         assert ("[3/3]" if script == "sweep.py" else "finished at step 2") in done.stdout
-    figures = [copy / "docs" / name for name in ("toy.png", "clipping.png")]
+    figures = [copy / "docs" / name for name in ("toy.png", "clipping.png", "quickstart.png")]
     for figure in figures:
         figure.unlink()
     shell(command("figures"), copy)
@@ -52,15 +63,63 @@ def test_commands_run_after_a_quickstart(copy, tiny_data):
 
 
 def test_a_run_continues_on_another_number_of_ranks(copy, tiny_data, tmp_path):
-    line = command("--nproc").replace("--nproc_per_node=4", "--nproc_per_node=2")
+    line = command("node=4").replace("--nproc_per_node=4", "--nproc_per_node=2")
     first = re.sub(".* train.py", f"{sys.executable} train.py", line).replace("=resume", "=scratch")
-    words = " ".join(flags(n_layer=1, n_head=2, n_embd=32, block_size=32, batch_size=2,
-                           total_batch_size=8, warmup_iters=1, lr_decay_iters=4, eval_iters=1,
-                           device="cpu", compile=False, dataset=tiny_data, out_dir=tmp_path / "run",
-                           wandb_log=False))
-    assert "1 rank " in shell(f"{first} {words} --max_iters=2", copy)
+    words = f"{TINY_RUN} --dataset={tiny_data} --out_dir={tmp_path}/run"
+    assert "1 rank " in shell(f"{first} {words}", copy)
     output = shell(f"{line} {words} --max_iters=4", copy)
     assert "resuming from" in output and "2 ranks" in output and "finished at step 4" in output
+
+
+def test_commands_that_resume(copy, tiny_data, tmp_path):
+    words = f"{TINY_RUN} --dataset={tiny_data} --out_dir={tmp_path}/run"
+    line = command(RESUME)
+    shell(f"{line} {words} --init_from=scratch", copy)
+    assert "resuming from" in shell(f"{line} {words}", copy)
+
+
+@pytest.mark.parametrize("word", ["signals", "HOST"])
+def test_torchrun_commands_start(copy, tiny_data, tmp_path, word):
+    """On one node with one rank; test_readme.py and tests/faults have several."""
+    line = command(word).replace("--nproc_per_node=8", "--nproc_per_node=1")
+    line = line.replace("--nnodes=2", "--nnodes=1").replace("HOST:29500", "localhost:0")
+    words = f"{TINY_RUN} --dataset={tiny_data} --out_dir={tmp_path}/run"
+    assert "finished at step 2" in shell(f"{line} {words}", copy)
+
+
+@pytest.mark.parametrize("word, test", [("faults", "test_kills"), ("hypothesis", "test_prop")])
+def test_pytest_commands_find_their_tests(word, test):
+    assert test in shell(command(word) + " --collect-only -q", ROOT)
+
+
+def test_files_that_are_named_exist():
+    for page in "reliability.md", "data.md":
+        named = re.findall(r"[\w/]+/\w+\.(?:py|sbatch)|\brequirements\.txt",
+                           (ROOT / "docs" / page).read_text())
+        assert len(named) >= 3 and all((ROOT / name.lstrip("/")).exists() for name in named)
+
+
+def test_prepare_commands(copy, tmp_path):
+    table = pyarrow.table({"text": [f"document {i}" for i in range(20_000)]})
+    parquet.write_table(table, tmp_path / "0.parquet")
+    for word in "openwebtext/prepare", "fineweb_edu":
+        line = f"{command(word)} --source={tmp_path} --tokenizer=bytes --out_dir={tmp_path}/{word}"
+        assert "val.bin" in shell(line, copy)
+
+
+def test_your_own_text_in_three_commands(copy):
+    (copy / "book.txt").write_text("It was the best of times.\n" * 4000)
+    assert "--dataset=data/book" in shell(command("out_dir=data/book"), copy)
+    train_line = command("out_dir=out/book")
+    assert "finished at step 2" in shell(" ".join([train_line, *QUICK]), copy)
+    assert "tokens in" in shell(command("sample.py") + " --max_new_tokens=5", copy)
+
+
+def test_token_files_of_nanogpt(copy, tmp_path):
+    write_data(tmp_path / "owt", range(4000), range(4000)).joinpath("meta.json").unlink()
+    line = command("nanoGPT").replace("/path/to/nanoGPT/data/openwebtext", str(tmp_path / "owt"))
+    output = shell(f"{line} {TINY_RUN} --out_dir={tmp_path}/run", copy)
+    assert "finished at step 2" in output
 
 
 def test_official_checkpoints_are_evaluated(copy, tmp_path):
@@ -119,8 +178,29 @@ def test_snippets_of_the_faq_run_in_order(tmp_path, monkeypatch):
     assert all(group["bs"] == 4 * 8 * 64 for group in names["optimizer"].param_groups)
 
 
+def test_the_hook_updates_the_hessian_every_tenth_bare_step():
+    names = {}
+    exec(compile(HOOK, "trainers.md", "exec"), names)
+    model, optimizer = names["model"], names["optimizer"]
+    for step in range(1, 31):
+        model(torch.randint(0, 100, (8, 64))).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        updated = [bool(s["hessian"].any()) for s in optimizer.state.values()]
+        assert all(updated) == (step >= 10)
+
+
+def test_the_fsdp2_snippet_shards_a_model_over_two_ranks(tmp_path):
+    (tmp_path / "fsdp.py").write_text(FSDP2)
+    done = run(tmp_path / "fsdp.py", ranks=2)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == lines[1] and lines[2] == lines[3]   # win_rate of the whole model
+    assert [line.split()[0] for line in lines] == ["10", "10", "20", "20"]
+
+
 @pytest.mark.parametrize("page", PAGES)
-def test_links_lead_to_files_and_headings(page):
+def test_links_resolve_to_files_and_headings(page):
     text = (ROOT / "docs" / page).read_text()
     links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text)
              if not link.startswith("http")]
@@ -135,7 +215,7 @@ def test_links_lead_to_files_and_headings(page):
                               for heading in headings], link
 
 
-def test_the_toy_landscape_shows_what_its_caption_says():
+def test_the_toy_figure_matches_its_caption():
     loss, best_path = FIGURES["toy_loss"], FIGURES["best_path"]
     paths = {method: best_path(method) for method in FIGURES["METHODS"]}
     ends = {method: loss(path[-1]) for method, path in paths.items()}
@@ -150,7 +230,7 @@ def test_the_toy_landscape_shows_what_its_caption_says():
     assert late.max() > 5 * late[0]                                        # thrown back
 
 
-def test_kinds_of_parameters_add_up_to_the_win_rate_that_was_logged(tiny_data, tmp_path):
+def test_kinds_of_parameters_add_up_to_the_logged_win_rate(tiny_data, tmp_path):
     out = tmp_path / "run"
     train(out, tiny_data, hessian_interval=2, rho=0.5, target_win_rate=0.3, max_iters=40)
     ratios = FIGURES["clip_ratios"](str(out))
@@ -166,7 +246,7 @@ def test_kinds_of_parameters_add_up_to_the_win_rate_that_was_logged(tiny_data, t
     assert 0.05 < logged < 0.95 and abs(win_rate - logged) < 2 / sum(wanted.values())
 
 
-def test_figures_refuse_what_is_no_run_of_sophiag(tiny_data, tmp_path):
+def test_figures_need_a_run_of_sophiag(tiny_data, tmp_path):
     train(tmp_path / "adamw", tiny_data, optimizer="adamw", max_iters=2)
     assert json.loads((tmp_path / "adamw/config.json").read_text())["optimizer"] == "adamw"
     before = {path: path.stat().st_mtime_ns for path in ROOT.glob("docs/*.png")}

@@ -1,4 +1,4 @@
-"""examples/: each one runs, resumes exactly, and its Hessian estimates are right."""
+"""examples/: each one runs, resumes exactly and estimates the Hessian correctly."""
 import copy
 import re
 import subprocess
@@ -39,8 +39,8 @@ def hf_run(out_dir, *words):
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    """21 training sequences of 128 bytes: 11 micro-batches, so that an epoch's sixth update has
-    one instead of two."""
+    """21 training sequences of 128 bytes, so 11 micro-batches: the sixth update of an epoch has one
+    micro-batch instead of two."""
     file = tmp_path_factory.mktemp("text") / "text.txt"
     file.write_text((ROOT / "sophia.py").read_bytes()[:24 * 128 + 1].decode("ascii", "replace"))
     return file
@@ -81,7 +81,7 @@ def test_hf_trainer_finetunes_a_folder(text, tmp_path):
 def test_hf_trainer_names_a_short_or_missing_text(tmp_path):
     done = run("examples/hf_trainer.py", f"--text={tmp_path}/none.txt")
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.strip().splitlines()[-1].endswith("not a file; name one with --text")
+    assert done.stderr.strip().splitlines()[-1].endswith("not a file; choose one with --text")
     (tmp_path / "short.txt").write_text("x" * 256)
     done = run("examples/hf_trainer.py", f"--text={tmp_path}/short.txt")
     assert done.returncode == 1
@@ -99,8 +99,8 @@ def test_hf_trainer_runs_in_two_processes(text, tmp_path):
 
 
 def test_hf_trainer_estimates_the_gauss_newton_diagonal_in_two_processes(tmp_path):
-    """The mean of 300 estimates, also in an epoch's short last update and with padding: a rank's
-    own gradient, equal noise, or a bs that is off by a factor would make it 2 or 1/2."""
+    """The mean of 300 estimates, including padding and short last updates of an epoch. Unreduced
+    gradients, equal noise on both ranks or a wrong bs would give a ratio of 2 or 1/2."""
     launch("tests/hf_estimates.py", tmp_path)
     found, exact = (torch.cat([t.flatten() for t in tensors])
                     for tensors in torch.load(tmp_path / "found.pt"))
@@ -110,8 +110,8 @@ def test_hf_trainer_estimates_the_gauss_newton_diagonal_in_two_processes(tmp_pat
 
 @pytest.mark.parametrize("scale", [2.0 ** 10, 2.0 ** 127])
 def test_hf_trainer_leaves_a_gradient_scaler_as_it_is(tmp_path, scale):
-    """As fp16 does on CUDA: the scaler sees the training steps alone, and an overflow in the
-    Hessian's gradient, or in training, changes nothing."""
+    """As with fp16 on CUDA: the scaler only sees training steps, and an overflow, in the Hessian
+    gradient or in training, changes nothing."""
     states = []
     for scaler in None, torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=1000):
         hf.set_seed(0)
@@ -146,8 +146,8 @@ def test_lightning_averages_the_hessian_gradient_over_two_processes(tmp_path):
 
 
 def test_lightning_resumes_exactly(tmp_path):
-    """An epoch of six updates, whose last has one micro-batch instead of two; k is 4, so that the
-    third estimate, after twelve updates, is due only if the count goes on."""
+    """An epoch has six updates; the last has one micro-batch instead of two. k is 4, so the third
+    estimate, after twelve updates, is due only if the count continues after resuming."""
     torch.manual_seed(0)
     blocks = torch.randint(0, 256, (11 * lightning_module.BATCH, lightning_module.BLOCK + 1))
 

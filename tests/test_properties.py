@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_data
-from documents import TXT_BYTES, Files
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 import checkpoint
 import init_from
 from configurator import TYPES, TrainConfig, load_config
+from data.documents import TXT_BYTES, Files
 from dataloader import DataLoader, load_meta
 from ddp import World
 from metrics import read_metrics
@@ -187,7 +187,7 @@ def test_any_bytes_as_documents_give_text_or_an_error(content, suffix, tmp_path)
     path.write_bytes(content)
     source = valid(Files, str(path))
     assume(source)
-    for raw, _ in valid(lambda: list(source.documents(0, 0))) or []:
+    for raw in valid(lambda: list(source.documents(0, 0))) or []:
         assert raw is None or len(raw) <= TXT_BYTES
         try:
             assert isinstance(source.text(0, raw), str)

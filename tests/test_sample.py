@@ -1,4 +1,4 @@
-"""sample.py and compare.py on the run directories that train.py leaves."""
+"""sample.py and compare.py read the run directories of train.py."""
 import json
 
 import pytest
@@ -19,19 +19,19 @@ def trained(tmp_path_factory):
 
 
 def text_of(done):
-    """The samples that were printed."""
+    """The printed samples."""
     assert done.returncode == 0, done.stderr
     return [part.strip("\n") for part in done.stdout.split("-" * 80)[1:-1]]
 
 
-def test_greedy_text_is_what_was_learned(trained):
+def test_greedy_sampling_repeats_the_training_text(trained):
     samples = text_of(run("sample.py", trained, "--prompt=hello w", "--temperature=0",
                           "--num_samples=2", "--max_new_tokens=40"))
     assert samples == [("hello world. " * 4)[:47].strip()] * 2
 
 
-def test_one_sample_is_streamed_and_characters_come_whole(trained):
-    """A random continuation in bytes is rarely valid UTF-8; what is printed is its decoding."""
+def test_streaming_prints_only_complete_characters(trained):
+    """Random bytes are rarely valid UTF-8, yet the streamed text must be their decoding."""
     words = (trained, "--prompt=h\u00e9", "--temperature=3", "--top_k=0", "--max_new_tokens=50")
     one, = text_of(run("sample.py", *words))
     assert one.startswith("h\u00e9") and "\ufffd" in one
@@ -40,7 +40,7 @@ def test_one_sample_is_streamed_and_characters_come_whole(trained):
     assert greedy == ("hello world. " * 4)[:47].strip()
 
 
-def test_seed_decides_and_file_prompts_are_read(trained, tmp_path):
+def test_the_seed_determines_the_samples_and_prompts_can_be_files(trained, tmp_path):
     (tmp_path / "prompt.txt").write_text("world")
     words = (trained, f"--prompt=FILE:{tmp_path}/prompt.txt", "--temperature=2", "--top_k=0",
              "--max_new_tokens=60", "--num_samples=2")
@@ -49,7 +49,7 @@ def test_seed_decides_and_file_prompts_are_read(trained, tmp_path):
     assert all(s.startswith("world") for s in first) and first[0] != first[1]
 
 
-def test_the_best_checkpoint_of_a_run_is_taken_and_a_file_as_it_is(trained):
+def test_a_run_uses_its_best_checkpoint_and_a_file_uses_itself(trained):
     best = checkpoint.load(checkpoint.path_of(trained, 200))["best_step"]
     words = ("--max_new_tokens=1", "--num_samples=1")
     assert f"step {best}" in run("sample.py", trained, *words).stdout

@@ -1,4 +1,4 @@
-"""sweep.py: the grid, what it leaves behind, and that nothing is lost or made twice."""
+"""sweep.py: the grid, its results, and that it neither loses nor repeats work."""
 import contextlib
 import csv
 import io
@@ -25,7 +25,7 @@ def words(data, out_dir, *more, **settings):
 
 
 def call(*argv):
-    """What main(argv) prints, in this process: for calls that train nothing."""
+    """Run main(argv) in this process and return its output; for calls that train nothing."""
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as output:
         patch.setattr(sweep, "StopSignal", lambda: SimpleNamespace(name=None, requested=False))
         sweep.main([str(word) for word in argv])
@@ -33,7 +33,7 @@ def call(*argv):
 
 
 def table(out_dir):
-    """Rows of results.csv by the name of the run's folder."""
+    """The rows of results.csv by run folder name."""
     with open(out_dir / "results.csv", newline="") as file:
         return {os.path.basename(row["run"]): row for row in csv.DictReader(file)}
 
@@ -45,7 +45,7 @@ def files(folder):
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory, tiny_data):
-    """A sweep of which half fails: the result of the process, and out_dir."""
+    """A sweep in which half of the runs fail: (CompletedProcess, out_dir)."""
     out_dir = tmp_path_factory.mktemp("sweep") / "out"
     return run("sweep.py", *words(tiny_data, out_dir, *GRID, "--jobs=2")), out_dir
 
@@ -64,7 +64,7 @@ def test_runs_are_the_product_of_the_axes_the_last_fastest():
     assert all(r.config["init_from"] == "auto" for r in runs)
 
 
-def test_a_folder_keeps_its_name():
+def test_folder_names_do_not_depend_on_the_order_of_arguments():
     wanted = "learning_rate=0.0003,seed=1"
     for argv in (["--seed=1,2", "--learning_rate=3e-4,1e-3"],
                  ["--learning_rate=0.00030,1e-3,2e-3", "--seed=3,2,1"],
@@ -73,7 +73,7 @@ def test_a_folder_keeps_its_name():
     assert names("--dataset=./a/b,c") == ["dataset=.%2Fa%2Fb", "dataset=c"]
 
 
-def test_words_in_order_later_wins(tmp_path):
+def test_later_arguments_override_earlier_ones(tmp_path):
     (tmp_path / "c.py").write_text("max_iters = 7\nwarmup_iters = 1\nseed = 3\n")
     _, runs = sweep.make_grid(["--max_iters=9", str(tmp_path / "c.py"), "--seed=1,2"])
     assert [(r.config["max_iters"], r.config["seed"]) for r in runs] == [(7, 1), (7, 2)]
@@ -113,7 +113,7 @@ def test_a_mistake_is_one_line_and_nothing_is_started(tmp_path, monkeypatch, mis
     assert [p.name for p in tmp_path.iterdir()] == ["c.py"]
 
 
-def test_another_base_than_that_of_the_runs_is_refused(swept, tiny_data):
+def test_other_settings_than_those_of_existing_runs_are_an_error(swept, tiny_data):
     before = files(swept[1])
     for setting in dict(max_iters=50), dict(n_layer=3), dict(log_interval=2):
         with pytest.raises(UserError, match=next(iter(setting))):
@@ -121,7 +121,7 @@ def test_another_base_than_that_of_the_runs_is_refused(swept, tiny_data):
     assert files(swept[1]) == before
 
 
-def test_damaged_settings_are_named(swept, tiny_data):
+def test_a_damaged_config_json_is_named(swept, tiny_data):
     path = swept[1] / GOOD[0] / "config.json"
     raw = path.read_bytes()
     try:
@@ -132,10 +132,10 @@ def test_damaged_settings_are_named(swept, tiny_data):
         path.write_bytes(raw)
 
 
-def test_failed_runs_are_reported_and_stop_no_others(swept):
+def test_failed_runs_are_reported_and_do_not_stop_the_others(swept):
     done, out_dir = swept
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
-    assert "not done: 2 of 4" in done.stderr
+    assert "2 of 4 runs not done" in done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) == 5 and lines[-1].startswith("[4/4]") and lines[-1].endswith(" left")
     for name in BAD:
@@ -147,7 +147,7 @@ def test_failed_runs_are_reported_and_stop_no_others(swept):
         assert any(f"{name}: val loss {loss:.4f};" in line for line in lines)
 
 
-def test_the_table_is_what_the_runs_recorded(swept):
+def test_results_csv_matches_the_records_of_the_runs(swept):
     rows = table(swept[1])
     assert list(rows) == GOOD + BAD   # the order of the grid
     for name in GOOD:
@@ -167,13 +167,12 @@ def test_the_table_is_what_the_runs_recorded(swept):
         assert rows[name]["best_step"] == "0"
 
 
-def test_the_picture(swept):
+def test_results_png(swept):
     raw = (swept[1] / "results.png").read_bytes()
     assert raw.startswith(b"\x89PNG") and len(raw) > 10_000
 
 
-def test_what_is_finished_is_left_alone_and_what_failed_is_tried_again(swept, tiny_data,
-                                                                      monkeypatch):
+def test_finished_runs_are_skipped_and_failed_runs_are_retried(swept, tiny_data, monkeypatch):
     tried = []
     before = {name: files(swept[1] / name) for name in GOOD}
 
@@ -181,7 +180,7 @@ def test_what_is_finished_is_left_alone_and_what_failed_is_tried_again(swept, ti
         tried.append(os.path.basename(config["out_dir"]))
         return subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
     monkeypatch.setattr(sweep, "start_run", start)
-    with pytest.raises(SystemExit, match="not done: 2 of 4"):
+    with pytest.raises(SystemExit, match="2 of 4 runs not done"):
         call(*words(tiny_data, swept[1], *GRID))
     assert tried == BAD
     assert {name: files(swept[1] / name) for name in GOOD} == before
@@ -189,8 +188,8 @@ def test_what_is_finished_is_left_alone_and_what_failed_is_tried_again(swept, ti
     assert [row["status"] for row in table(swept[1]).values()] == ["done"] * 2 + ["failed"] * 2
 
 
-def test_only_one_point_of_an_extended_grid(swept, tiny_data):
-    """As a task of an array: of the other runs and of the table nothing changes."""
+def test_only_trains_one_run_of_an_extended_grid(swept, tiny_data):
+    """As in an array job: the other runs and results.csv do not change."""
     before = files(swept[1])
     argv = words(tiny_data, swept[1], "--seed=1,2,3", "--learning_rate=1e-3,")
     done = run("sweep.py", *argv, "--only=2")
@@ -209,7 +208,7 @@ def wait_for(condition):
         time.sleep(0.02)
 
 
-def test_killed_and_stopped_at_any_moment_no_step_is_lost_or_repeated(tiny_data, tmp_path):
+def test_a_killed_or_stopped_sweep_loses_and_repeats_no_step(tiny_data, tmp_path):
     argv = words(tiny_data, tmp_path, "--learning_rate=1e-3,2e-3,3e-3", "--jobs=2", max_iters=200)
     places = [tmp_path / f"learning_rate={lr}" for lr in ("0.001", "0.002", "0.003")]
 
@@ -239,8 +238,8 @@ def test_killed_and_stopped_at_any_moment_no_step_is_lost_or_repeated(tiny_data,
     statuses = [row["status"] for row in table(tmp_path).values()]
     left = statuses.count("stopped") + statuses.count("missing")
     assert (process.returncode, stderr) in ((0, ""), (
-        1, f"sweep.py: stopped by SIGTERM, not done: {left} of {3 - len(before)}; the same "
-           f"command goes on\n"))
+        1, f"sweep.py: stopped by SIGTERM, {left} of {3 - len(before)} runs not done; call again "
+           f"to resume\n"))
     before |= {p: files(p) for p in finished() if p not in before}
 
     process = begin()
@@ -257,7 +256,7 @@ def sleeper(*_):
     return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
 
 
-def test_on_an_error_the_trainers_are_stopped(monkeypatch):
+def test_an_error_stops_the_active_runs(monkeypatch):
     started = []
     monkeypatch.setattr(sweep, "start_run", lambda *_: started.append(sleeper()) or started[-1])
     stop = SimpleNamespace(name=None, requested=False)
@@ -269,7 +268,7 @@ def test_on_an_error_the_trainers_are_stopped(monkeypatch):
     assert len(started) == 3 and all(process.poll() for process in started)
 
 
-def test_each_job_has_its_share_of_the_machine(monkeypatch):
+def test_each_job_gets_its_share_of_threads_and_gpus(monkeypatch):
     monkeypatch.setattr(sweep.torch, "get_num_threads", lambda: 9)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     shares = [sweep.slot_environment(slot, 4) for slot in range(4)]
@@ -281,8 +280,8 @@ def test_each_job_has_its_share_of_the_machine(monkeypatch):
     assert sweep.slot_environment(1, 2)["CUDA_VISIBLE_DEVICES"] == ""
 
 
-def test_jobs_at_a_time(monkeypatch):
-    """Never more than asked for, on slots that are free."""
+def test_jobs_limit_the_number_of_parallel_runs(monkeypatch):
+    """Never more than requested, and only in free slots."""
     running = {}
 
     def start(config, slot):

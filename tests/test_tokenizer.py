@@ -1,4 +1,4 @@
-"""Tokenizers: GPT-2's against Hugging Face's implementation, with and without its vocabulary."""
+"""Tokenizers: gpt2 against Hugging Face's implementation, and errors without a vocabulary."""
 import os
 import shutil
 from importlib.util import find_spec
@@ -17,7 +17,7 @@ TEXTS = ["Hello world", "def f(x):\n    return x  # 1,234.5\n\n\n",
 
 @pytest.fixture
 def offline(monkeypatch, tmp_path):
-    """Neither a network nor a vocabulary that tiktoken downloaded before."""
+    """No network access, and an empty tiktoken cache."""
     import tiktoken.registry
     monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
@@ -25,7 +25,7 @@ def offline(monkeypatch, tmp_path):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
 
 
-def test_gpt2_equals_hugging_faces(offline):
+def test_gpt2_equals_hugging_face(offline):
     ours = get_tokenizer("gpt2")
     theirs = ByteLevelBPETokenizer(f"{DATA}/encoder.json", f"{DATA}/vocab.bpe")
     for text in TEXTS:

@@ -246,7 +246,7 @@ def test_the_same_run_twice_is_identical_bit_for_bit(tiny_data, tmp_path, optimi
 def test_the_first_lines_show_the_batch_and_the_hessian_batch(tiny_data, tmp_path):
     output = train(tmp_path, tiny_data, max_iters=40, batch_size=2, total_batch_size=12, ranks=2,
                    n_layer=1, beta2=0.5)
-    assert ("12 sequences = 384 tokens a step = 2 ranks x batch_size 2 x 3 micro-steps; Hessian: "
+    assert ("12 sequences = 384 tokens per step = 2 ranks x batch_size 2 x 3 micro-steps; Hessian: "
             "6 sequences every 10 steps, averaged over 20 steps (50% of the run)") in output
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["hessian_batch_size"] == 6 and config["beta1"] == 0.965

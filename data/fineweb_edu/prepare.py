@@ -1,24 +1,22 @@
 """
-FineWeb-Edu (Penedo et al., 2024), its sample of 10B tokens, read straight from the Hugging Face
-hub; a 20 GB train.bin. Or from files fetched before.
+The 10B-token sample of FineWeb-Edu (Penedo et al., 2024), read from the Hugging Face hub or from
+files you downloaded. train.bin takes 20 GB.
 
     python data/fineweb_edu/prepare.py [--source=FOLDER_OR_PATTERN_OR_URL]
 """
-import os
 import sys
+from pathlib import Path
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))   # the repository root
 
-from tokenize_to_bin import prepare_arguments, split_by_hash, write_bins  # noqa: E402, I001
-
-from script import run_script  # noqa: E402
-from documents import Files, hub_files  # noqa: E402
+from data.documents import Files, hub_files
+from data.tokenize_to_bin import make_parser, split_by_hash, write_bins
+from script import run_script
 
 
 def main(argv):
-    parser = prepare_arguments(__doc__, "gpt2")
-    parser.add_argument("--source", help="its files, instead of the hub's: a folder, a pattern or "
-                        "a URL")
+    parser = make_parser(__doc__, "gpt2")
+    parser.add_argument("--source", help="folder, pattern or URL of the files (default: the hub)")
     args = parser.parse_args(argv)
     source = Files(args.source or hub_files("HuggingFaceFW/fineweb-edu", "sample-10BT"))
     write_bins(args, source, split_by_hash(0.0005))

@@ -1,51 +1,45 @@
 """
-Tiny Shakespeare (1.1 MB, from Karpathy's char-rnn): the first 90% to train on, the rest to
-evaluate, as in nanoGPT.
+Tiny Shakespeare (1.1 MB, from Karpathy's char-rnn). As in nanoGPT, the first 90% is train.bin and
+the rest val.bin.
 
     python data/shakespeare/prepare.py [--tokenizer=gpt2|bytes] [--source=input.txt]
 """
 import hashlib
-import os
 import sys
 import urllib.request
+from pathlib import Path
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))   # the repository root
 
-from tokenize_to_bin import SPLITS, prepare_arguments, write_bins  # noqa: E402, I001
-
-from script import UserError, run_script  # noqa: E402
-from documents import Texts  # noqa: E402
+from data.documents import Texts
+from data.tokenize_to_bin import SPLITS, make_parser, write_bins
+from script import UserError, run_script
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
-def read_text(source):
-    """The play text, downloaded or from a local file; its checksum must be right."""
+def read_text(path):
+    """Text of a local file, or of the download if path is None. Raises UserError."""
     try:
-        if source is None:
-            with urllib.request.urlopen(URL, timeout=30) as response:
-                raw = response.read()
-        else:
-            with open(source, "rb") as file:
-                raw = file.read()
+        with open(path, "rb") if path else urllib.request.urlopen(URL, timeout=30) as file:
+            content = file.read()
     except OSError as error:
-        raise UserError(f"cannot get {source or URL}: {error}; fetch the file on another machine "
-                        f"and pass --source=FILE, or use data/pystdlib, which needs no network"
-                        ) from None
-    if hashlib.sha256(raw).hexdigest() != SHA256:
-        raise UserError(f"{source or URL} is not tiny Shakespeare, or only a part of it: its "
-                        f"checksum is wrong. For another text use data/custom/prepare.py")
-    return raw.decode("utf-8")
+        raise UserError(f"cannot read {path or URL}: {error}; download it elsewhere and pass "
+                        f"--source=FILE, or use data/pystdlib, which needs no network") from None
+    if hashlib.sha256(content).hexdigest() != SHA256:
+        raise UserError(f"{path or URL} is not the whole of tiny Shakespeare: its checksum is "
+                        f"wrong. For other texts use data/custom/prepare.py")
+    return content.decode("utf-8")
 
 
 def main(argv):
-    parser = prepare_arguments(__doc__, "gpt2")
-    parser.add_argument("--source", help="a local copy of input.txt, instead of the download")
+    parser = make_parser(__doc__, "gpt2")
+    parser.add_argument("--source", help="local copy of input.txt (default: download it)")
     args = parser.parse_args(argv)
     text = read_text(args.source)
-    cut = int(len(text) * 0.9)
-    write_bins(args, Texts([text[:cut], text[cut:]]), lambda index, utf8: SPLITS[index])
+    boundary = int(len(text) * 0.9)
+    write_bins(args, Texts([text[:boundary], text[boundary:]]), lambda index, utf8: SPLITS[index])
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ results/README.md and ../README.md, between <!-- name --> and <!-- end -->.
 
     python results/report.py
 
-A table or figure whose runs are not all there yet is left out.
+A table or figure is empty as long as its runs are missing.
 """
 import os
 import re
@@ -257,13 +257,17 @@ def fill(path, blocks):
 def main():
     tables = {"tuned": tuned_table(), "finals": finals_table(), "ablations": ablation_table(),
               "speedup": speedup_table(), "short": short_table()}
-    blocks = {name: markdown(rows) for name, rows in tables.items() if rows} | {"cost": cost()}
+    blocks = {name: markdown(rows) if rows else "" for name, rows in tables.items()}
+    figures = {"gap": (gap_figure, bool(finals("8k"))),
+               "sensitivity": (sensitivity_figure, all(
+                   any(name.startswith(f"8k/sensitivity/{arm}/") for name in ROWS)
+                   for arm in SENSITIVITY))}
+    for name, (draw, ready) in figures.items():
+        blocks[name] = f"![{draw.__doc__}]({name}.png)" if ready else ""
+        if ready:
+            draw().savefig(os.path.join(RESULTS, f"{name}.png"))
     for path in "README.md", "../README.md":
-        fill(os.path.join(RESULTS, path), blocks)
-    if finals("8k"):
-        gap_figure().savefig(os.path.join(RESULTS, "gap.png"))
-    if all(any(n.startswith(f"8k/sensitivity/{arm}/") for n in ROWS) for arm in SENSITIVITY):
-        sensitivity_figure().savefig(os.path.join(RESULTS, "sensitivity.png"))
+        fill(os.path.join(RESULTS, path), blocks | {"cost": cost()})
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ A run's name is setting/piece/arm/value. What runs next depends only on the resu
 """
 import csv
 import json
+import math
 import os
 import shutil
 import statistics
@@ -17,28 +18,23 @@ import subprocess
 import sys
 import time
 
-import torch
-
 RESULTS = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(RESULTS)
 RUNS, CURVES = (os.path.join(RESULTS, name) for name in ("study.csv", "study_curves.csv"))
 JOBS = int(os.environ.get("JOBS", 2))   # runs at a time, one thread each
 
 ARMS = ("adamw", "lion", "sophiag", "steered", "sign")
-# Range of the random trials, and the factor of a local trial. warmup is a share of all steps.
+# Where each arm's search starts: the best of a few pilot runs. warmup is a share of all steps.
 # Memories are in steps: momentum 1 / (1 - beta1); second 1 / (1 - beta2), for SophiaG times k.
-MOMENTUM, WARMUP = (3, 40, 1.5), (0.025, 0.5, 2)
-SPACE = {
-    "adamw": {"learning_rate": (2e-3, 3.2e-2, 1.5), "momentum": MOMENTUM, "warmup": WARMUP,
-              "second": (5, 200, 2)},
-    "lion": {"learning_rate": (4e-4, 6.4e-3, 1.5), "momentum": MOMENTUM, "warmup": WARMUP,
-             "second": (5, 200, 2)},
-    "sophiag": {"learning_rate": (8e-4, 1.28e-2, 1.5), "momentum": MOMENTUM,
-                "rho": (0.02, 2, 2), "warmup": WARMUP, "second": (20, 400, 2)},
-    "steered": {"learning_rate": (8e-4, 1.28e-2, 1.5), "momentum": MOMENTUM,
-                "target_win_rate": (0.1, 0.8, 1.5), "warmup": WARMUP, "second": (20, 400, 2)},
-    "sign": {"learning_rate": (4e-4, 6.4e-3, 1.5), "momentum": MOMENTUM, "warmup": WARMUP}}
-RANDOM_TRIALS, TRIALS = 12, 20
+START = {
+    "adamw": {"learning_rate": 8e-3, "momentum": 10, "warmup": 0.25, "second": 20},
+    "lion": {"learning_rate": 1.6e-3, "momentum": 5, "warmup": 0.25, "second": 10},
+    "sophiag": {"learning_rate": 3.2e-3, "rho": 0.2, "momentum": 10, "warmup": 0.25, "second": 100},
+    "steered": {"learning_rate": 3.2e-3, "target_win_rate": 0.5, "momentum": 10, "warmup": 0.25,
+                "second": 100},
+    "sign": {"learning_rate": 1.6e-3, "momentum": 10, "warmup": 0.25}}
+LIMITS = {"warmup": (0, 0.9), "momentum": (1, 1000), "target_win_rate": (0, 0.95)}
+TRIALS = 20
 TUNING_SEED, FINAL_SEEDS, MORE_SEEDS = 1, (2, 3, 4), (5, 6)
 HESSIAN_INTERVAL = 10
 PUBLISHED = {"sophiag": {"momentum": 1 / 0.035, "second": 1000, "rho": 0.05},
@@ -78,7 +74,7 @@ def round2(value):
 
 
 def words(setting, arm, point, seed, steps=None, interval=HESSIAN_INTERVAL):
-    """Of train.py, for an arm at a point, a dict like SPACE's."""
+    """Of train.py, for an arm at a point, a dict like START's."""
     flags, length = SETTINGS[setting]
     steps = steps or length
     optimizer = arm if arm in ("adamw", "lion") else "sophiag"
@@ -96,10 +92,6 @@ def words(setting, arm, point, seed, steps=None, interval=HESSIAN_INTERVAL):
     return [*flags, f"--max_iters={steps}", f"--eval_interval={steps // 4}",
             f"--optimizer={optimizer}", *every,
             *(f"--{name}={value:g}" for name, value in settings.items()), f"--seed={seed}"]
-
-
-def clean(point):
-    return {name: round2(value) for name, value in point.items()}
 
 
 class Study:
@@ -122,42 +114,37 @@ class Study:
     def tuning(self, arm):
         """
         The arm's best point of TRIALS trials at the base setting, or None while one is missing.
-        First RANDOM_TRIALS points of a Sobol sequence over SPACE in logarithms, then a local
-        search: for each setting in turn one step up from the best point and, if that is no better,
-        one step down.
+        Coordinate search from START: each setting in turn goes up by a factor and, if that is no
+        better, down. The factor is 2 in the first round and its root in each later one.
         """
-        space = SPACE[arm]
-        sobol = torch.quasirandom.SobolEngine(len(space), scramble=True, seed=0)
-        trials = []   # (loss, point)
+        losses = {}   # by point
 
         def trial(point):
-            loss = self.add(f"8k/tune/{arm}/{len(trials):02}",
-                            words("8k", arm, point, TUNING_SEED))
-            trials.append((loss, point))
-            return loss
+            """The loss of a point, None if it is not known yet, infinite if it was tried before."""
+            key = tuple(point.values())
+            if key in losses:
+                return math.inf
+            losses[key] = self.add(f"8k/tune/{arm}/{len(losses):02}",
+                                   words("8k", arm, point, TUNING_SEED))
+            return losses[key]
 
-        for shares in sobol.draw(RANDOM_TRIALS).tolist():
-            trial(clean({name: low * (high / low) ** share
-                         for share, (name, (low, high, _)) in zip(shares, space.items())}))
-        if any(loss is None for loss, _ in trials):
-            return None
-        best_loss, best = min(trials, key=lambda t: t[0])
-        while True:
-            for name, (_, _, factor) in space.items():
+        best, factor = START[arm], 2.0
+        best_loss = trial(best)
+        while best_loss is not None:
+            for name in best:
                 for step in factor, 1 / factor:
-                    if len(trials) == TRIALS:
+                    if len(losses) == TRIALS:
                         return best
-                    point = clean({**best, name: best[name] * step})
-                    point["warmup"] = min(point["warmup"], 0.9)
-                    point["momentum"] = max(point["momentum"], 1.1)
-                    if "target_win_rate" in point:
-                        point["target_win_rate"] = min(point["target_win_rate"], 0.95)
-                    loss = trial(point)
+                    low, high = LIMITS.get(name, (0, math.inf))
+                    value = round2(min(max(best[name] * step, low), high))
+                    loss = trial({**best, name: value})
                     if loss is None:
                         return None
                     if loss < best_loss:
-                        best_loss, best = loss, point
+                        best, best_loss = {**best, name: value}, loss
                         break
+            factor **= 0.5
+        return None
 
     def learning_rates(self, setting, arm, point):
         """

@@ -24,7 +24,7 @@ test: lint
 	$(PY) -m pytest -q -n 2 --dist worksteal --durations=10 --cov --cov-report=term
 
 quick: .venv/installed-tests
-	$(PY) -m pytest -q -n 2 --dist worksteal -m "not slow"
+	$(PY) -m pytest -q -n 2 --dist worksteal -m "not slow" --ignore=tests/test_examples.py
 
 lint: .venv/installed-tests
 	$(PY) -m ruff check .

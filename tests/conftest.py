@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
+os.environ["OMP_NUM_THREADS"] = "1"   # PyTorch here: two workers share two cores
 # pytest --hypothesis-profile=thorough tries more cases.
 for profile, cases in ("thorough", 1000), ("normal", 60):
     settings.register_profile(profile, max_examples=cases, deadline=None,

@@ -12,6 +12,7 @@ from device import memory_estimate
 from model import GPT, GPTConfig
 
 
+@pytest.mark.slow
 def test_every_section_reports_positive_numbers(tiny_data, tmp_path):
     done = run("bench.py", *flags(**TINY, dataset=tiny_data), "--repeat=1",
                f"--json={tmp_path}/bench.json", f"--profile={tmp_path}/trace.json")
@@ -48,6 +49,7 @@ def test_plain_loss_is_the_models():
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer, dtype, batch_size, block_size", [
     ("sophiag", "float32", 8, 256), ("lion", "bfloat16", 8, 256),   # mostly activations
     ("adamw", "float32", 1, 32), ("lion", "float32", 1, 32)])       # mostly weights and state
@@ -64,6 +66,7 @@ def test_memory_estimate_is_near_what_the_allocator_counts(optimizer, dtype, bat
     assert sum(parts.values()) == pytest.approx(measured, rel=0.15)
 
 
+@pytest.mark.slow
 def test_one_rank_against_two(tiny_data):
     done = run("bench.py", *flags(**TINY, dataset=tiny_data), "--only=ranks", "--repeat=1")
     assert done.returncode == 0, done.stderr

@@ -21,6 +21,7 @@ def check(report, *words):
     return done, json.loads(data)
 
 
+@pytest.mark.slow
 def test_a_good_machine_gets_a_report(tmp_path):
     done, report = check(tmp_path / "report.md", "--tests=cached_generation")
     assert done.returncode == 0 and "all checks passed" in done.stdout, done.stdout + done.stderr
@@ -35,6 +36,7 @@ def test_a_good_machine_gets_a_report(tmp_path):
     assert {r["section"] for r in report["bench"]} == {"optimizer", "step", "memory"}
 
 
+@pytest.mark.slow
 def test_each_reason_of_a_failure_is_named(tmp_path):
     """No test is selected, and a high learning rate makes the loss rise."""
     done, report = check(tmp_path / "report.md", "--tests=no_such_test", "--learning_rate=3",

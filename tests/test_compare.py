@@ -222,6 +222,7 @@ def test_a_csv_not_exported_from_wandb_is_an_error_of(tmp_path, text, named):
     assert named in error_of(tmp_path / "export.csv")
 
 
+@pytest.mark.slow
 def test_plot(tmp_path, sophiag, adamw):
     path = tmp_path / "curves.png"
     assert compare(sophiag, adamw, f"--plot={path}").endswith(f"wrote {path}\n")
@@ -249,6 +250,7 @@ def test_a_plot_that_cannot_be_written(tmp_path, adamw, plot, named):
     assert named in error_of(adamw, f"--plot={tmp_path}/{plot}")
 
 
+@pytest.mark.slow
 def test_only_plots_need_matplotlib(tmp_path, adamw):
     """A module that cannot be imported shadows matplotlib."""
     (tmp_path / "matplotlib.py").write_text("raise ImportError")

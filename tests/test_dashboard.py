@@ -100,6 +100,7 @@ class Server(BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.slow
 def test_saving_sends_the_workspace(tmp_path, written):
     server = HTTPServer(("127.0.0.1", 0), Server)
     server.saved = []
@@ -117,6 +118,7 @@ def test_saving_sends_the_workspace(tmp_path, written):
     assert len(refused.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_without_an_account_the_error_is_one_line(tmp_path):
     done = save(tmp_path)
     assert done.returncode == 2 and done.stdout == ""

@@ -47,6 +47,7 @@ def test_commands_are_those_that_are_tested_here():
                if page not in ("faq.md", "trainers.md"))
 
 
+@pytest.mark.slow
 def test_commands_run_after_a_quickstart(copy, tiny_data):
     quickstart = ["config/quickstart_sophiag.py", *QUICK, f"--dataset={tiny_data}"]
     assert run("train.py", *quickstart, cwd=copy).returncode == 0
@@ -62,6 +63,7 @@ def test_commands_run_after_a_quickstart(copy, tiny_data):
     assert all(figure.read_bytes()[:4] == b"\x89PNG" for figure in figures)
 
 
+@pytest.mark.slow
 def test_a_run_continues_on_another_number_of_ranks(copy, tiny_data, tmp_path):
     line = command("node=4").replace("--nproc_per_node=4", "--nproc_per_node=2")
     first = re.sub(".* train.py", f"{sys.executable} train.py", line).replace("=resume", "=scratch")
@@ -71,6 +73,7 @@ def test_a_run_continues_on_another_number_of_ranks(copy, tiny_data, tmp_path):
     assert "resuming from" in output and "2 ranks" in output and "finished at step 4" in output
 
 
+@pytest.mark.slow
 def test_commands_that_resume(copy, tiny_data, tmp_path):
     words = f"{TINY_RUN} --dataset={tiny_data} --out_dir={tmp_path}/run"
     line = command(RESUME)
@@ -78,6 +81,7 @@ def test_commands_that_resume(copy, tiny_data, tmp_path):
     assert "resuming from" in shell(f"{line} {words}", copy)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("word", ["signals", "HOST"])
 def test_torchrun_commands_start(copy, tiny_data, tmp_path, word):
     """On one node with one rank; test_readme.py and tests/faults have several."""
@@ -87,6 +91,7 @@ def test_torchrun_commands_start(copy, tiny_data, tmp_path, word):
     assert "finished at step 2" in shell(f"{line} {words}", copy)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("word, test", [("faults", "test_kills"), ("hypothesis", "test_prop")])
 def test_pytest_commands_find_their_tests(word, test):
     assert test in shell(command(word) + " --collect-only -q", ROOT)
@@ -99,6 +104,7 @@ def test_files_that_are_named_exist():
         assert len(named) >= 3 and all((ROOT / name.lstrip("/")).exists() for name in named)
 
 
+@pytest.mark.slow
 def test_prepare_commands(copy, tmp_path):
     table = pyarrow.table({"text": [f"document {i}" for i in range(20_000)]})
     parquet.write_table(table, tmp_path / "0.parquet")
@@ -107,6 +113,7 @@ def test_prepare_commands(copy, tmp_path):
         assert "val.bin" in shell(line, copy)
 
 
+@pytest.mark.slow
 def test_your_own_text_in_three_commands(copy):
     (copy / "book.txt").write_text("It was the best of times.\n" * 4000)
     assert "--dataset=data/book" in shell(command("out_dir=data/book"), copy)
@@ -115,6 +122,7 @@ def test_your_own_text_in_three_commands(copy):
     assert "tokens in" in shell(command("sample.py") + " --max_new_tokens=5", copy)
 
 
+@pytest.mark.slow
 def test_token_files_of_nanogpt(copy, tmp_path):
     write_data(tmp_path / "owt", range(4000), range(4000)).joinpath("meta.json").unlink()
     line = command("nanoGPT").replace("/path/to/nanoGPT/data/openwebtext", str(tmp_path / "owt"))
@@ -122,6 +130,7 @@ def test_token_files_of_nanogpt(copy, tmp_path):
     assert "finished at step 2" in output
 
 
+@pytest.mark.slow
 def test_official_checkpoints_are_evaluated(copy, tmp_path):
     tokens = np.random.default_rng(0).integers(0, V, 4000)
     data = write_data(tmp_path / "bytes", tokens[:3000], tokens[3000:], V)
@@ -135,6 +144,7 @@ def test_official_checkpoints_are_evaluated(copy, tmp_path):
     assert f"val loss {their_loss(theirs, data):.4f}" in output
 
 
+@pytest.mark.slow
 def test_snippets_of_the_faq_run_in_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {}
@@ -190,6 +200,7 @@ def test_the_hook_updates_the_hessian_every_tenth_bare_step():
         assert all(updated) == (step >= 10)
 
 
+@pytest.mark.slow
 def test_the_fsdp2_snippet_shards_a_model_over_two_ranks(tmp_path):
     (tmp_path / "fsdp.py").write_text(FSDP2)
     done = run(tmp_path / "fsdp.py", ranks=2)
@@ -215,6 +226,7 @@ def test_links_resolve_to_files_and_headings(page):
                               for heading in headings], link
 
 
+@pytest.mark.slow
 def test_the_toy_figure_matches_its_caption():
     loss, best_path = FIGURES["toy_loss"], FIGURES["best_path"]
     paths = {method: best_path(method) for method in FIGURES["METHODS"]}
@@ -230,6 +242,7 @@ def test_the_toy_figure_matches_its_caption():
     assert late.max() > 5 * late[0]                                        # thrown back
 
 
+@pytest.mark.slow
 def test_kinds_of_parameters_add_up_to_the_logged_win_rate(tiny_data, tmp_path):
     out = tmp_path / "run"
     train(out, tiny_data, hessian_interval=2, rho=0.5, target_win_rate=0.3, max_iters=40)
@@ -246,6 +259,7 @@ def test_kinds_of_parameters_add_up_to_the_logged_win_rate(tiny_data, tmp_path):
     assert 0.05 < logged < 0.95 and abs(win_rate - logged) < 2 / sum(wanted.values())
 
 
+@pytest.mark.slow
 def test_figures_need_a_run_of_sophiag(tiny_data, tmp_path):
     train(tmp_path / "adamw", tiny_data, optimizer="adamw", max_iters=2)
     assert json.loads((tmp_path / "adamw/config.json").read_text())["optimizer"] == "adamw"

@@ -18,6 +18,8 @@ import lightning_module  # noqa: E402
 
 from sophia import SophiaG  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 
 def launch(*words):
     """Run a script in two processes, as a user of accelerate does."""

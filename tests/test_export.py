@@ -108,6 +108,7 @@ def test_half_precision_rounds_the_weights(ours, exported, dtype):
         torch.testing.assert_close(model(x), theirs(x).logits, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_finetuning_starts_from_the_export(ours, exported, tmp_path):
     """Finetuning starts at the loss that transformers computes. Without the flag for unscaled
     attention the error names the flag."""
@@ -135,6 +136,7 @@ def test_finetuning_starts_from_the_export(ours, exported, tmp_path):
     assert losses[2] < losses[1] < losses[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bytes", "gpt2"])
 def test_exported_tokenizer_gives_our_ids(tmp_path, name):
     ours = get_tokenizer(name)

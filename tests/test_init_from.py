@@ -157,6 +157,7 @@ def test_logits_and_losses_equal_hugging_faces(data, tmp_path, save, settings):
     assert generated.shape == (1, 8) and generated.max() < V
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save, ranks", [(as_openai, 1), (as_openai, 2), (as_sophia, 1)])
 def test_train_evaluates_and_finetunes(data, tmp_path, save, ranks):
     theirs = build_theirs()
@@ -175,6 +176,7 @@ def test_train_evaluates_and_finetunes(data, tmp_path, save, ranks):
     assert len(records(tmp_path / "tuned", "val/loss")) == 4
 
 
+@pytest.mark.slow
 def test_an_exported_run_comes_back_bitwise(data, tmp_path):
     """Where export.py has nothing to fold in and no padding to cut off."""
     as_openai(build_theirs(), tmp_path / "theirs")
@@ -309,6 +311,7 @@ def test_mistakes(data, tmp_path, monkeypatch, mistake):
                       for path in tmp_path.rglob("*")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_without_a_network_the_error_says_what_to_fetch(data, tmp_path, ranks):
     done = run("train.py", *flags(**{**TINY, "dataset": data, "out_dir": tmp_path / "new"}),
@@ -321,6 +324,7 @@ def test_without_a_network_the_error_says_what_to_fetch(data, tmp_path, ranks):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_a_downloaded_model_is_read_from_the_cache(data, tmp_path):
     """A cache with the layout of huggingface_hub, and no network."""
     theirs = build_theirs()

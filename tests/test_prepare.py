@@ -115,6 +115,7 @@ def refused(script, *words, **env):
     return last
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2, 4])
 def test_openwebtext_equals_a_plain_loop(shards, expected, tmp_path, workers):
     output = prepared(OPENWEBTEXT, f"--source={shards[0]}", f"--out_dir={tmp_path}",
@@ -130,6 +131,7 @@ def test_openwebtext_equals_a_plain_loop(shards, expected, tmp_path, workers):
         assert meta[f"{split}_sha256"] == hashlib.sha256(content).hexdigest()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_an_interrupted_run_resumes(shards, expected, tmp_path, number):
     words = [sys.executable, "-c", IMPATIENT, str(OPENWEBTEXT), f"--source={shards[0]}",
@@ -177,6 +179,7 @@ def write_format(folder, texts, suffix, first=100):
         (folder / f"{i}{suffix}").write_bytes(content)
 
 
+@pytest.mark.slow
 def test_formats_give_the_same_tokens(tmp_path):
     texts = [t.replace("<|endoftext|>", "") for t in some_documents(200)]
     found = []
@@ -274,6 +277,7 @@ def test_a_large_vocabulary_takes_four_bytes(tmp_path, monkeypatch):
     assert train.windows([0], 3).tolist() == [[97, 69_999, 70_000]]
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_source(tmp_path):
     """Compares the peak memory of preparing 16 MB and 160 MB."""
     code = IMPATIENT.replace("2**16", "2**20") + (
@@ -298,6 +302,7 @@ def ids_of(folder):
     return [np.fromfile(folder / f"{split}.bin", "<u2") for split in ("train", "val")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size, words, share", [
     (1_000, [], 0.1), (200_000, [], 0.1), (2_000_000, [], 2**17 / 2_000_000),
     (14_000_000, [], 0.01), (200_000, ["--val_fraction=0.35"], 0.35)])
@@ -318,6 +323,7 @@ def test_val_is_the_end_of_a_single_text(tmp_path, size, words, share):
         assert len(val_ids) >= 32 * 8 * 256
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".txt", ".txt.gz", ".jsonl", ".parquet"])
 def test_only_many_documents_are_split_by_document(tmp_path, suffix):
     for count in 99, 100:
@@ -351,6 +357,7 @@ def test_text_bytes_counts_only_the_text_column(tmp_path):
     assert 200_000 <= Files(str(tmp_path)).text_bytes < 250_000
 
 
+@pytest.mark.slow
 def test_a_folder_of_mixed_files(tmp_path):
     folder = tmp_path / "mixed"
     (folder / "sub").mkdir(parents=True)
@@ -369,6 +376,7 @@ def test_a_folder_of_mixed_files(tmp_path):
     assert bytes(np.concatenate(ids_of(tmp_path / "md")).astype(np.uint8)) == b"# third\0"
 
 
+@pytest.mark.slow
 def test_standard_input_is_read_like_a_file(tmp_path):
     text = ("It was the best of times. " * 9000).encode()
     (tmp_path / "book.txt").write_bytes(text)
@@ -437,6 +445,7 @@ def test_data_set_scripts_fall_back_to_the_hubs_conversion(tmp_path, monkeypatch
         assert ("only the first part" in output) == (split == "partial-train")
 
 
+@pytest.mark.slow
 def test_custom_bins_train_a_model(tmp_path):
     (tmp_path / "book.txt").write_text("It was the best of times. " * 20_000)
     output = prepared(CUSTOM, f"--source={tmp_path}/book.txt", f"--out_dir={tmp_path}/book",
@@ -451,6 +460,7 @@ def test_hub_files_lists_the_training_files(shards):
     assert Files(hub_files(str(shards[0]))).rows == 6000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["openwebtext", "fineweb_edu"])
 def test_without_a_network_the_error_says_what_to_do(tmp_path, name):
     line = refused(ROOT / f"data/{name}/prepare.py", f"--out_dir={tmp_path}/out",
@@ -458,12 +468,14 @@ def test_without_a_network_the_error_says_what_to_do(tmp_path, name):
     assert "--source" in line and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_fineweb_edu_reads_local_files_too(shards, tmp_path):
     prepared(ROOT / "data/fineweb_edu/prepare.py", f"--source={shards[0]}",
              f"--out_dir={tmp_path}", "--tokenizer=bytes")
     assert len(texts_of(tmp_path, "train")) + len(texts_of(tmp_path, "val")) == 5996
 
 
+@pytest.mark.slow
 def test_finished_data_sets_are_not_overwritten(tmp_path):
     (tmp_path / "a.txt").write_text("<|endoftext|>".join(some_documents(300)))
     words = [CUSTOM, f"--source={tmp_path}/a.txt", f"--out_dir={tmp_path}/out"]
@@ -542,6 +554,7 @@ def test_a_bin_that_changed_on_disk_is_refused(tmp_path, monkeypatch):
     assert not (tmp_path / "meta.json").exists()
 
 
+@pytest.mark.slow
 def test_another_source_does_not_resume_an_unfinished_run(tmp_path, monkeypatch):
     monkeypatch.setattr(tokenize_to_bin.BinWriter, "verified_meta", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -558,6 +571,7 @@ def test_another_source_does_not_resume_an_unfinished_run(tmp_path, monkeypatch)
         write_bins(arguments(tmp_path, restart=True), Texts(["a", "b"]), half)
 
 
+@pytest.mark.slow
 def test_two_preparations_do_not_share_a_folder(tmp_path):
     (tmp_path / "a.txt").write_text("<|endoftext|>".join(some_documents(300)))
     words = CUSTOM, f"--source={tmp_path}/a.txt", f"--out_dir={tmp_path}/out"
@@ -568,6 +582,7 @@ def test_two_preparations_do_not_share_a_folder(tmp_path):
     prepared(*words)
 
 
+@pytest.mark.slow
 def test_pystdlib_is_reproducible_and_complete(tmp_path):
     for name in "a", "b":   # string hashes, and so the order of sets, differ
         done = run("data/pystdlib/prepare.py", f"--out_dir={tmp_path / name}",
@@ -589,6 +604,7 @@ def test_pystdlib_is_reproducible_and_complete(tmp_path):
     assert not [text[:100] for text, count in sources.items() if count]
 
 
+@pytest.mark.slow
 def test_shakespeare_is_refused_without_network_or_with_another_text(tmp_path):
     (tmp_path / "other.txt").write_text("not a play")
     for words, named in ([], "--source"), ([f"--source={tmp_path / 'other.txt'}"], "checksum"), \

@@ -29,6 +29,7 @@ def pages(copy):
     return {path: path.read_text() for path in (copy / "README.md", copy / "results/README.md")}
 
 
+@pytest.mark.slow
 def test_tables_are_those_of_the_csv(copy):
     before = pages(copy)
     report(copy)
@@ -52,6 +53,7 @@ def whole_study():
     return rows
 
 
+@pytest.mark.slow
 def test_every_table_and_figure_of_a_whole_study(copy):
     for path in copy.glob("results/*.png"):
         path.unlink()
@@ -69,6 +71,7 @@ def test_every_table_and_figure_of_a_whole_study(copy):
     assert f"{len(rows)} runs, {len(rows) / 100:.1f} hours" in text
 
 
+@pytest.mark.slow
 def test_shared_noise_makes_h_larger_and_changes_nothing_before_it(tiny_data, tmp_path):
     for name in "train", "results/shared_noise":
         words = flags(**{**TINY, "max_iters": 20, "dataset": tiny_data,

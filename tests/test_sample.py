@@ -40,6 +40,7 @@ def test_streaming_prints_only_complete_characters(trained):
     assert greedy == ("hello world. " * 4)[:47].strip()
 
 
+@pytest.mark.slow
 def test_the_seed_determines_the_samples_and_prompts_can_be_files(trained, tmp_path):
     (tmp_path / "prompt.txt").write_text("world")
     words = (trained, f"--prompt=FILE:{tmp_path}/prompt.txt", "--temperature=2", "--top_k=0",
@@ -56,6 +57,7 @@ def test_a_run_uses_its_best_checkpoint_and_a_file_uses_itself(trained):
     assert "step 100" in run("sample.py", trained / "ckpt_00000100.pt", *words).stdout
 
 
+@pytest.mark.slow
 def test_compare_shows_the_last_and_the_best_evaluation(trained, tiny_data, tmp_path):
     train(tmp_path / "other", tiny_data, max_iters=2)
     done = run("compare.py", trained, tmp_path / "other")

@@ -113,6 +113,7 @@ def test_a_mistake_is_one_line_and_nothing_is_started(tmp_path, monkeypatch, mis
     assert [p.name for p in tmp_path.iterdir()] == ["c.py"]
 
 
+@pytest.mark.slow
 def test_other_settings_than_those_of_existing_runs_are_an_error(swept, tiny_data):
     before = files(swept[1])
     for setting in dict(max_iters=50), dict(n_layer=3), dict(log_interval=2):
@@ -121,6 +122,7 @@ def test_other_settings_than_those_of_existing_runs_are_an_error(swept, tiny_dat
     assert files(swept[1]) == before
 
 
+@pytest.mark.slow
 def test_a_damaged_config_json_is_named(swept, tiny_data):
     path = swept[1] / GOOD[0] / "config.json"
     raw = path.read_bytes()
@@ -132,6 +134,7 @@ def test_a_damaged_config_json_is_named(swept, tiny_data):
         path.write_bytes(raw)
 
 
+@pytest.mark.slow
 def test_failed_runs_are_reported_and_do_not_stop_the_others(swept):
     done, out_dir = swept
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
@@ -147,6 +150,7 @@ def test_failed_runs_are_reported_and_do_not_stop_the_others(swept):
         assert any(f"{name}: val loss {loss:.4f};" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_results_csv_matches_the_records_of_the_runs(swept):
     rows = table(swept[1])
     assert list(rows) == GOOD + BAD   # the order of the grid
@@ -167,11 +171,13 @@ def test_results_csv_matches_the_records_of_the_runs(swept):
         assert rows[name]["best_step"] == "0"
 
 
+@pytest.mark.slow
 def test_results_png(swept):
     raw = (swept[1] / "results.png").read_bytes()
     assert raw.startswith(b"\x89PNG") and len(raw) > 10_000
 
 
+@pytest.mark.slow
 def test_finished_runs_are_skipped_and_failed_runs_are_retried(swept, tiny_data, monkeypatch):
     tried = []
     before = {name: files(swept[1] / name) for name in GOOD}
@@ -188,6 +194,7 @@ def test_finished_runs_are_skipped_and_failed_runs_are_retried(swept, tiny_data,
     assert [row["status"] for row in table(swept[1]).values()] == ["done"] * 2 + ["failed"] * 2
 
 
+@pytest.mark.slow
 def test_only_trains_one_run_of_an_extended_grid(swept, tiny_data):
     """As in an array job: the other runs and results.csv do not change."""
     before = files(swept[1])
@@ -208,6 +215,7 @@ def wait_for(condition):
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_a_killed_or_stopped_sweep_loses_and_repeats_no_step(tiny_data, tmp_path):
     argv = words(tiny_data, tmp_path, "--learning_rate=1e-3,2e-3,3e-3", "--jobs=2", max_iters=200)
     places = [tmp_path / f"learning_rate={lr}" for lr in ("0.001", "0.002", "0.003")]

@@ -30,7 +30,7 @@ lint: .venv/installed-tests
 	$(PY) -m ruff check .
 
 check-gpu: .venv/installed-tests
-	@$(PY) check_gpu.py $(ARGS)
+	@$(PY) tests/check_gpu.py $(ARGS)
 
 data/pystdlib/meta.json: | .venv/installed
 	$(PY) data/pystdlib/prepare.py

@@ -1,4 +1,4 @@
-"""check_gpu.py on a CPU with a tiny model. These tests say nothing about GPUs."""
+"""tests/check_gpu.py on a CPU with a tiny model. These tests say nothing about GPUs."""
 import json
 import re
 import subprocess
@@ -14,7 +14,7 @@ TINY = flags(n_layer=1, n_head=2, n_embd=32, block_size=16, batch_size=2, total_
 
 
 def check(report, *words):
-    done = run("check_gpu.py", "--device=cpu", f"--report={report}", *TINY, *words)
+    done = run("tests/check_gpu.py", "--device=cpu", f"--report={report}", *TINY, *words)
     text, data = re.fullmatch(r"```\n(.*)\n```\n\n```json\n(.*)\n```\n", report.read_text(),
                               re.S).groups()
     assert text in done.stdout
@@ -49,7 +49,7 @@ def test_each_reason_of_a_failure_is_named(tmp_path):
 
 
 def test_mistakes_are_found_before_the_tests():
-    done = run("check_gpu.py", "--device=cpu", "--n_layers=1")
+    done = run("tests/check_gpu.py", "--device=cpu", "--n_layers=1")
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
 
 

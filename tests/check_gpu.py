@@ -2,7 +2,7 @@
 Check that this machine's GPU runs the repository, and measure its speed. Takes under 10 minutes:
 tests/test_cuda.py, bench.py, and 50 training steps of each optimizer on random tokens.
 
-    python check_gpu.py [config.py ...] [--key=value ...]
+    python tests/check_gpu.py [config.py ...] [--key=value ...]
 
 Settings are those of train.py, on top of GPT-2 small's; with less memory use --batch_size=4.
 Writes a report to paste into an issue. Exit code: 1 if a check failed, 2 without a GPU.
@@ -18,6 +18,8 @@ from statistics import median
 import numpy as np
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))   # the repository root
+
 import ddp
 import train
 from configurator import load_config
@@ -26,6 +28,7 @@ from metrics import git_commit, read_metrics
 from script import ROOT, ArgumentParser, UserError, run_script, write_atomically
 
 TIMEOUT = 300   # seconds, for the tests and for the benchmark
+
 
 def run_python(lines, problems, *words):
     """Run Python with words; add its output to lines, and a failure to problems."""

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 
+import check_gpu
 import pytest
 import torch
 from conftest import ROOT, flags, run
@@ -36,16 +37,26 @@ def test_a_good_machine_gets_a_report(tmp_path):
     assert {r["section"] for r in report["bench"]} == {"optimizer", "step", "memory"}
 
 
-@pytest.mark.slow
-def test_each_reason_of_a_failure_is_named(tmp_path):
-    """No test is selected, and a high learning rate makes the loss rise."""
-    done, report = check(tmp_path / "report.md", "--tests=no_such_test", "--learning_rate=3",
-                         "--grad_clip=0", "--min_lr=3")
-    assert done.returncode == 1 and "failed: " in done.stdout
-    last = done.stderr.splitlines()[-1]
-    assert last == "check_gpu.py: error: " + "; ".join(report["problems"])
-    assert "tests/test_cuda.py: " in last and "22 deselected" in last
-    assert "adamw: " in last
+def test_each_reason_of_a_failure_is_named(tmp_path, monkeypatch, capsys):
+    """With fake results: the CUDA tests fail, AdamW's loss rises and Lion runs out of memory."""
+    def fail_tests(lines, problems, *words):
+        lines.append("1 failed")
+        problems += ["tests/test_cuda.py: 1 failed"] * ("pytest" in words)
+
+    def train_with(optimizer, words):
+        if optimizer == "lion":
+            raise RuntimeError("out of memory")
+        return {"ms_per_step": 1, "skipped": 0, "first_val_loss": 5,
+                "last_val_loss": 4 if optimizer == "sophiag" else 6}
+
+    monkeypatch.setattr(check_gpu, "run_python", fail_tests)
+    monkeypatch.setattr(check_gpu, "train_with", train_with)
+    with pytest.raises(SystemExit) as exited:
+        check_gpu.main(["--device=cpu", f"--report={tmp_path}/report.md", *TINY])
+    assert exited.value.code == (
+        "check_gpu.py: error: tests/test_cuda.py: 1 failed; lion: out of memory; "
+        "adamw: updates were skipped, or the loss did not fall")
+    assert "failed: " in capsys.readouterr().out
 
 
 def test_mistakes_are_found_before_the_tests():

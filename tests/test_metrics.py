@@ -57,6 +57,7 @@ def wandb_runs(logged):
     return read_wandb(logged[0])
 
 
+@pytest.mark.slow
 def test_wandb_gets_the_records_of_metrics_jsonl(logged, wandb_runs):
     assert len(wandb_runs) == 2
     history = [{k: v for k, v in record["item"].items() if not k.startswith("_")}

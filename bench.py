@@ -302,7 +302,7 @@ def main(argv):
     if args.json:
         report = {"torch": torch.__version__, "device": str(setup.device),
                   "threads": torch.get_num_threads(), "rows": rows}
-        write_atomically(args.json, lambda file: file.write(json.dumps(report, indent=1).encode()))
+        write_atomically(args.json, json.dumps(report, indent=1).encode())
         print(f"wrote {args.json}")
 
 

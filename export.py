@@ -105,7 +105,7 @@ def main(argv):
                                       metadata={"format": "pt"})
     temporary = args.out.rstrip("/") + ".tmp"
     for name, content in files.items():
-        write_atomically(os.path.join(temporary, name), lambda file, c=content: file.write(c))
+        write_atomically(os.path.join(temporary, name), content)
     os.replace(temporary, args.out)
     print(f"{path}, step {saved['step']}: wrote {args.out}. "
           f"Load it with AutoModelForCausalLM.from_pretrained({args.out!r})")

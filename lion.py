@@ -5,7 +5,7 @@ sophia.py.
 import torch
 from torch.optim import Optimizer
 
-from sophia import apply_rule, has_triton, match_strides
+from sophia import apply_rule, match_strides
 
 
 def lion(theta, g, m, *, lr, beta1, beta2, decay, skip=None):
@@ -85,12 +85,9 @@ class Lion(Optimizer):
                     self.state[p]["exp_avg"] = torch.zeros_like(p)
             exp_avgs = [self.state[p]["exp_avg"] for p in params]
             beta1, beta2 = group["betas"]
-            fused = group["fused"]
-            if fused is None:
-                fused = has_triton() and all(p.is_cuda for p in params)
             lr, skip = group["lr"], {}
             if self.found_inf is not None:
                 lr, skip = lr * (1 - self.found_inf), {"skip": self.found_inf}
-            apply_rule(lion, fused, params, grads, exp_avgs, lr=lr, beta1=beta1, beta2=beta2,
-                       decay=1 - lr * group["weight_decay"], **skip)
+            apply_rule(lion, group["fused"], params, grads, exp_avgs, lr=lr, beta1=beta1,
+                       beta2=beta2, decay=1 - lr * group["weight_decay"], **skip)
         return loss

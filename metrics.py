@@ -61,10 +61,8 @@ class Metrics:
         old = [r for r in read_metrics(path) if r["iter"] <= step] if step else []
         self.samples = [[r["iter"], r["sample"]] for r in old if "sample" in r]
         kept = "".join(json.dumps(r) + "\n" for r in old)
-        config = to_json(self.cfg)
-        write_atomically(os.path.join(self.cfg.out_dir, "config.json"),
-                         lambda file: file.write(config.encode()))
-        write_atomically(path, lambda file: file.write(kept.encode()))
+        write_atomically(os.path.join(self.cfg.out_dir, "config.json"), to_json(self.cfg).encode())
+        write_atomically(path, kept.encode())
         self.file = open(path, "a", encoding="utf-8")
         if self.cfg.wandb_log:
             self._open_wandb()

@@ -83,16 +83,16 @@ class StopSignal:
         return self.name is not None
 
 
-def write_atomically(path, write):
+def write_atomically(path, content):
     """
-    Call write(file) on a temporary file beside path, flush it to disk, then rename it to path.
-    Creates path's folder. On failure path is unchanged and UserError says why.
+    Write bytes, or call content(file), into a temporary file beside path, flush it to disk, then
+    rename it to path. Creates path's folder. On failure path is unchanged and UserError says why.
     """
     temporary = f"{path}.tmp"
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with open(temporary, "wb") as file:
-            write(file)
+            file.write(content) if isinstance(content, bytes) else content(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -92,11 +92,13 @@ def flattened(t):
 def apply_rule(rule, fused, *lists, unroll=True, **settings):
     """
     [rule(*row, **settings) for row in zip(*lists)], in another order and without empty rows. fused:
-    compile the rule to one pass over memory. Its settings become tensors, since each new float
-    would trigger a recompile. unroll: four tensors of equal length share a call, which costs 100 us
-    on a CPU.
+    compile the rule to one pass over memory; None does so on CUDA if Triton is installed. Settings
+    become tensors then, since each new float would trigger a recompile. unroll: four tensors of
+    equal length share a call, which costs 100 us on a CPU.
     """
     rows = [[local_shard(t) for t in row] for row in zip(*lists)]
+    if fused is None:
+        fused = has_triton() and all(row[0].is_cuda for row in rows)
     eager = [row for row in rows if not (fused and same_strides(row))]
     if fused and eager:
         warn_once("some parameters have gaps in memory, or strides unlike their state's; slower, "
@@ -241,11 +243,6 @@ class SophiaG(Optimizer):
                 tensors.append(value)
         return lists
 
-    def _fused(self, group):
-        if group["fused"] is None:
-            return has_triton() and all(p.is_cuda for p in group["params"])
-        return group["fused"]
-
     def _rho(self, group):
         """The group's rho; if it adapts, a tensor on the parameters' device, created here once."""
         if group["target_win_rate"]:
@@ -282,7 +279,7 @@ class SophiaG(Optimizer):
             lr, skip = group["lr"], {}
             if self.found_inf is not None:
                 lr, skip = lr * (1 - self.found_inf), {"skip": self.found_inf}
-            apply_rule(sophiag, self._fused(group), params, grads, exp_avgs, hessians, lr=lr,
+            apply_rule(sophiag, group["fused"], params, grads, exp_avgs, hessians, lr=lr,
                        beta1=group["betas"][0], rho_b=self._rho(group) * self._bs(group, bs),
                        decay=1 - lr * group["weight_decay"], **skip)
         return loss
@@ -303,8 +300,7 @@ class SophiaG(Optimizer):
         for group in self.param_groups:
             _, grads, _, hessians, _ = self._tensors(group)
             if grads:
-                apply_rule(rule, self._fused(group), hessians, grads, beta2=group["betas"][1],
-                           **skip)
+                apply_rule(rule, group["fused"], hessians, grads, beta2=group["betas"][1], **skip)
         target = self.defaults.get("target_win_rate")
         if target and self.state:
             factor = target / self.statistics()["win_rate"]
@@ -336,7 +332,7 @@ class SophiaG(Optimizer):
                     total += p.numel()
             for layout, params in by_layout.items():
                 states = [self.state[p] for p in params]
-                rows = apply_rule(statistics, self._fused(group), params,
+                rows = apply_rule(statistics, group["fused"], params,
                                   [s["exp_avg"] for s in states], [s["hessian"] for s in states],
                                   unroll=False, rho_b=self._rho(group) * self._bs(group, bs))
                 rows.append(torch.zeros(4, device=params[0].device))   # all shards may be empty

@@ -94,8 +94,7 @@ def read_result(run, axes):
 def write_results(rows, folder):
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([rows[0], *(row.values() for row in rows)])
-    write_atomically(os.path.join(folder, "results.csv"),
-                     lambda file: file.write(text.getvalue().encode()))
+    write_atomically(os.path.join(folder, "results.csv"), text.getvalue().encode())
 
 
 def slot_environment(slot, jobs):

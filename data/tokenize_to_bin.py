@@ -64,8 +64,7 @@ def read_json(path):
 
 
 def write_json(path, value):
-    content = json.dumps(value, indent=2).encode()
-    write_atomically(path, lambda file: file.write(content))
+    write_atomically(path, json.dumps(value, indent=2).encode())
 
 
 def format_counts(left_out):

@@ -128,8 +128,8 @@ def main(argv):
     check_training(report, lines, problems)
     lines += ["", "failed: " + "; ".join(problems) if problems else "all checks passed"]
     report["problems"], text = problems, "\n".join(lines)
-    write_atomically(args.report, lambda file: file.write(
-        f"```\n{text}\n```\n\n```json\n{json.dumps(report)}\n```\n".encode()))
+    write_atomically(args.report,
+                     f"```\n{text}\n```\n\n```json\n{json.dumps(report)}\n```\n".encode())
     print(f"{text}\nPaste this report, with its JSON, into an issue: {args.report}")
     if problems:
         sys.exit("check_gpu.py: error: " + "; ".join(problems))

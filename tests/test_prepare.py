@@ -604,28 +604,6 @@ def test_pystdlib_is_reproducible_and_complete(tmp_path):
     assert not [text[:100] for text, count in sources.items() if count]
 
 
-@pytest.mark.slow
-def test_shakespeare_is_refused_without_network_or_with_another_text(tmp_path):
-    (tmp_path / "other.txt").write_text("not a play")
-    for words, named in ([], "--source"), ([f"--source={tmp_path / 'other.txt'}"], "checksum"), \
-            (["--source=/nowhere.txt"], "/nowhere.txt"):
-        line = refused(ROOT / "data/shakespeare/prepare.py", f"--out_dir={tmp_path / 'out'}",
-                       *words, https_proxy="http://127.0.0.1:9", no_proxy="")
-        assert named in line and not (tmp_path / "out").exists()
-
-
-def test_shakespeare_is_split_at_nine_tenths(tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location("play", ROOT / "data/shakespeare/prepare.py")
-    play = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(play)
-    text = "Élan: to be, or not to be.\n" * 100   # bytes and characters differ in number
-    (tmp_path / "input.txt").write_bytes(text.encode())
-    monkeypatch.setattr(play, "SHA256", hashlib.sha256(text.encode()).hexdigest())
-    play.main([f"--source={tmp_path / 'input.txt'}", f"--out_dir={tmp_path}", "--tokenizer=bytes"])
-    assert texts_of(tmp_path, "train") == [text[:2430]]   # of 2700 characters
-    assert texts_of(tmp_path, "val") == [text[2430:]]
-
-
 def test_help_fits_a_screen():
     for script in sorted((ROOT / "data").glob("*/prepare.py")):
         output = prepared(script, "--help")

@@ -285,6 +285,7 @@ def collect(name, words, code):
             at.setdefault(record["iter"], {}).update(record)
     curve = [r for r in at.values() if "val/loss" in r]
     last = curve[-1]
+    rate = statistics.median(r["tokens_per_sec"] for r in at.values() if "tokens_per_sec" in r)
     if code == 0:
         append(CURVES, [{"name": name, "iter": r["iter"], "val_loss": r["val/loss"],
                          "win_rate": r.get("train/win_rate"), "rho": r.get("train/rho")}
@@ -292,7 +293,7 @@ def collect(name, words, code):
     append(RUNS, [{"name": name, "final_val_loss": last["val/loss"] if code == 0 else None,
                    "stderr": last["val/loss_stderr"], "win_rate": last.get("train/win_rate"),
                    "rho": last.get("train/rho"), "steps": last["iter"],
-                   "seconds": round(max(r.get("seconds", 0) for r in at.values()), 1),
+                   "seconds": round(last["tokens"] / rate, 1),   # unlike the clock's, without pauses
                    "machine": machine(), "words": " ".join(words)}])
     shutil.rmtree(folder)
 

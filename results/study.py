@@ -285,7 +285,10 @@ def collect(name, words, code):
             at.setdefault(record["iter"], {}).update(record)
     curve = [r for r in at.values() if "val/loss" in r]
     last = curve[-1]
-    rate = statistics.median(r["tokens_per_sec"] for r in at.values() if "tokens_per_sec" in r)
+    if code == 0 and f"--max_iters={last['iter']}" not in words:
+        sys.exit(f"{name} was stopped at step {last['iter']}; run study.py again to resume")
+    # The median speed leaves out pauses.
+    rates = [r["tokens_per_sec"] for r in at.values() if "tokens_per_sec" in r] or [math.inf]
     if code == 0:
         append(CURVES, [{"name": name, "iter": r["iter"], "val_loss": r["val/loss"],
                          "win_rate": r.get("train/win_rate"), "rho": r.get("train/rho")}
@@ -293,7 +296,7 @@ def collect(name, words, code):
     append(RUNS, [{"name": name, "final_val_loss": last["val/loss"] if code == 0 else None,
                    "stderr": last["val/loss_stderr"], "win_rate": last.get("train/win_rate"),
                    "rho": last.get("train/rho"), "steps": last["iter"],
-                   "seconds": round(last["tokens"] / rate, 1),   # unlike the clock's, without pauses
+                   "seconds": round(last["tokens"] / statistics.median(rates), 1),
                    "machine": machine(), "words": " ".join(words)}])
     shutil.rmtree(folder)
 

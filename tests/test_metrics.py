@@ -153,7 +153,7 @@ def test_the_wandb_sweep_config_trains(tmp_path, tiny_data):
     done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     config = json.loads((tmp_path / "out/sweep-abc123/config.json").read_text())
-    assert (config["learning_rate"], config["rho"]) == (1e-4, 0.02)
+    assert (config["learning_rate"], config["target_win_rate"]) == (4e-4, 0.15)
     assert read_wandb(tmp_path / "out/sweep-abc123")[0]["run"][0]["run_id"] == "abc123"
 
 

@@ -55,9 +55,8 @@ def done(prefix):
 
 def gap(found, base):
     """(mean, standard error) of the differences paired by seed."""
-    differences = [found[seed] - base[seed] for seed in found if seed in base]
-    return (statistics.mean(differences),
-            statistics.stdev(differences) / len(differences) ** 0.5)
+    differences = np.array([found[seed] - base[seed] for seed in found if seed in base])
+    return differences.mean(), differences.std(ddof=1) / len(differences) ** 0.5
 
 
 def show_gap(found, base):
@@ -67,8 +66,8 @@ def show_gap(found, base):
 
 
 def spread(found):
-    values = list(found.values())
-    return f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}"
+    values = np.array(list(found.values()))
+    return f"{values.mean():.4f} ± {values.std(ddof=1):.4f}"
 
 
 def value_of(prefix, setting):

@@ -1,9 +1,9 @@
 """
-The study's runs: which there are, which settings each optimizer gets, and the runner.
+The study: its runs, the settings of each optimizer, and the runner.
 
     python results/study.py             # every run that study.csv lacks, two at a time
-    python results/study.py 8k/final    # only runs whose names begin so
-    python results/study.py --commands  # print the runs that are known so far, run nothing
+    python results/study.py 8k/final    # only runs whose names begin with 8k/final
+    python results/study.py --commands  # print the commands of all runs planned so far
 
 A run's name is setting/piece/arm/value. What runs next depends only on the results so far:
 `make_plan` is the code of RULES.md. A row of study.csv holds the words of the command that made it.
@@ -74,7 +74,7 @@ def round2(value):
 
 
 def words(setting, arm, point, seed, steps=None, interval=HESSIAN_INTERVAL):
-    """Of train.py, for an arm at a point, a dict like START's."""
+    """The command line of train.py for an arm at a point, which is a dict like START's."""
     flags, length = SETTINGS[setting]
     steps = steps or length
     optimizer = arm if arm in ("adamw", "lion") else "sophiag"
@@ -95,19 +95,19 @@ def words(setting, arm, point, seed, steps=None, interval=HESSIAN_INTERVAL):
 
 
 class Study:
-    """The runs' plan as a function of the rows of study.csv, by name."""
+    """Plans runs from the rows of study.csv, {name: row}."""
 
     def __init__(self, rows):
         self.rows = rows
-        self.plan = {}   # name: words, of all runs whose settings are known by now
+        self.plan = {}   # {name: words} of all runs whose settings are known so far
 
     def loss(self, name):
-        """The final loss of a run, infinite if it failed; None if it was not run yet."""
+        """The final loss of a run: infinite if it diverged, None if it has not run yet."""
         row = self.rows.get(name)
         return None if row is None else float(row["final_val_loss"] or "inf")
 
     def add(self, name, words):
-        """Plan a run; returns its loss, or None as long as there is none."""
+        """Plan a run. Returns its loss, or None if it has not run yet."""
         self.plan[name] = words
         return self.loss(name)
 
@@ -148,8 +148,8 @@ class Study:
 
     def learning_rates(self, setting, arm, point):
         """
-        point with the best of five learning rates, a factor of 2 apart about its own, and of up to
-        eight while the best is at an edge; None while one is missing.
+        The point with its best learning rate, or None while a run is missing. Tries five values
+        around the point's own, a factor of 2 apart, and up to eight while the best is at an edge.
         """
         exponents = [-2, -1, 0, 1, 2]
         while True:
@@ -176,7 +176,8 @@ class Study:
 
         losses = {arm: [loss_of(arm, seed) for seed in FINAL_SEEDS] for arm in points}
         for arm in points:
-            if arm == "adamw" or None in (*losses[arm], *losses["adamw"]):
+            found = *losses[arm], *losses["adamw"]
+            if arm == "adamw" or None in found or math.inf in found:   # inf: a run diverged
                 continue
             gaps = [a - b for a, b in zip(losses[arm], losses["adamw"])]
             if abs(statistics.mean(gaps)) < 2 * statistics.stdev(gaps) / len(gaps) ** 0.5:
@@ -254,7 +255,7 @@ def append(path, rows):
 
 
 def machine():
-    """The processor, whose kind decides the last digits."""
+    """The processor's model, which determines the last digits of a loss."""
     with open("/proc/cpuinfo", encoding="utf-8") as file:
         found = dict(line.split(":", 1) for line in file.read().split("\n\n")[0].splitlines())
     found = {name.strip(): value.strip() for name, value in found.items()}
@@ -277,9 +278,9 @@ def diverged(name):
 
 
 def collect(name, words, code):
-    """Rows of study.csv and study_curves.csv from a run that has ended."""
+    """Append the rows of a finished run to study.csv and study_curves.csv."""
     folder = os.path.join(ROOT, "out", "study", name)
-    at = {}   # an evaluation is a record of its own, after the step's
+    at = {}   # {iter: record}; a step and its evaluation have separate records
     with open(os.path.join(folder, "metrics.jsonl"), encoding="utf-8") as file:
         for record in map(json.loads, file):
             at.setdefault(record["iter"], {}).update(record)

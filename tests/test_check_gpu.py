@@ -6,8 +6,7 @@ import sys
 
 import check_gpu
 import pytest
-import torch
-from conftest import ROOT, flags, run
+from conftest import ROOT, environment, flags, run
 
 TINY = flags(n_layer=1, n_head=2, n_embd=32, block_size=16, batch_size=2, total_batch_size=4,
              hessian_batch_size=2, compile=False, dtype="float32", learning_rate=1e-3,
@@ -64,11 +63,10 @@ def test_mistakes_are_found_before_the_tests():
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so_in_one_line():
     done = subprocess.run(["make", "--no-print-directory", "-o", ".venv/installed-tests",
                            f"PY={sys.executable}", "check-gpu"], cwd=ROOT, text=True,
-                          capture_output=True)
+                          capture_output=True, env=environment(CUDA_VISIBLE_DEVICES=""))
     lines = done.stderr.splitlines()
     assert done.returncode == 2 and done.stdout == ""
     assert "no CUDA GPU" in lines[0] and "Error 2" in lines[1] and len(lines) == 2   # make's own

@@ -88,6 +88,16 @@ def test_a_close_gap_to_adamw_gets_two_more_seeds():
                                           for arm in ("adamw", "lion") for seed in (5, 6)}
 
 
+def test_a_diverged_final_stays_in_the_plan_without_more_seeds():
+    rows = {f"8k/final/{arm}/{seed}": {"final_val_loss": "1.3"}
+            for arm in ("adamw", "lion") for seed in (2, 3, 4)}
+    rows["8k/final/lion/2"] = {"final_val_loss": ""}
+    plan = study.Study(rows)
+    plan.finals("8k", {arm: {"learning_rate": 1e-3, "momentum": 10, "warmup": 0.1}
+                       for arm in ("adamw", "lion")})
+    assert plan.plan.keys() == rows.keys()
+
+
 def test_memories_in_steps_become_betas():
     point = {"learning_rate": 1e-3, "momentum": 10, "second": 200, "warmup": 0.1}
     for arm, interval, beta2 in ("adamw", 10, 0.995), ("steered", 10, 0.95), ("steered", 50, 0.75):

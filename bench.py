@@ -2,22 +2,16 @@
 Benchmark the parts of a training run, each against a reference measured at the same time.
 
     python bench.py config/train_gpt2_small_sophiag.py --batch_size=1 --only=optimizer,step
-    python bench.py config/quickstart_sophiag.py --batch_size=4 --only=ranks --json=ranks.json
 
   optimizer  an update of all parameters, against a copy that moves as many bytes
   step       the parts of a training step, against plain PyTorch and AdamW
   head       loss and gradients of the output head, against PyTorch's functions
   memory     peak memory, against plain PyTorch and the estimate that train.py prints
-  ranks      train.py on two ranks, against one rank; runs only if --only names it
 Times are medians. Settings are those of train.py. Without the data set, tokens are random.
 """
 import json
 import multiprocessing
-import os
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -26,7 +20,6 @@ from itertools import accumulate, count
 
 import torch
 import torch.nn.functional as F
-from torch.optim import optimizer as torch_optimizer
 
 import ddp
 import train
@@ -36,7 +29,7 @@ from device import memory_estimate, peak_flops, pick_device, resolve_compile, re
 from init_from import build_model
 from model import GPTConfig
 from optim import hessian_due, make_optimizer
-from script import ROOT, ArgumentParser, UserError, run_script, write_atomically
+from script import ArgumentParser, UserError, run_script, write_atomically
 from sophia import sophiag
 
 PLAIN, OURS, DATA = "plain forward and backward", "forward and backward", "data, a whole step's"
@@ -145,7 +138,7 @@ def bench_optimizer(setup):
         yield name, s * 1e3, "ms", f"{s / seconds['copy, 6 passes']:.2f} x copy"
 
 
-def bench_step(setup, data, trace_file):
+def bench_step(setup, data):
     """The parts for one micro-batch, and the whole step that they add up to."""
     cfg, (model, parts) = setup.cfg, training_parts(setup)
     square = torch.randn(2048, 2048, device=setup.device, dtype=setup.dtype)
@@ -170,11 +163,6 @@ def bench_step(setup, data, trace_file):
                f"{cfg.tokens_per_step / s:,.0f} tokens/s, {s / adamw_step:.3f} x adamw")
     rate, peak = micro_batches * micro_batch_flops / step, peak_flops(setup.device, setup.dtype)
     yield "model FLOPs", rate / 1e12, "TFLOP/s", f"mfu {rate / peak:.1%}" if peak else ""
-    if trace_file:
-        with torch.profiler.profile() as profiler:
-            parts[OURS]()
-            parts[cfg.optimizer]()
-        profiler.export_chrome_trace(trace_file)
 
 
 def bench_head(setup):
@@ -232,52 +220,11 @@ def bench_memory(setup):
     yield "training step, estimate", estimate / 1e9, "GB", f"{estimate / peak:.3f} x measured"
 
 
-def train_one_rank(words):
-    """Run train.py on this rank. Rank 0 then prints the seconds of a step and of its update."""
-    times = []
-
-    def record_time(*_):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter())
-
-    torch_optimizer.register_optimizer_step_pre_hook(record_time)
-    torch_optimizer.register_optimizer_step_post_hook(record_time)
-    train.main(words)
-    starts, ends = times[::2], times[1::2]
-    update = statistics.median(end - start for start, end in zip(starts, ends))
-    ddp.print0(f"{(starts[20] - starts[10]) / 10} {update}")   # includes one Hessian update
-
-
-def bench_ranks(setup, words):
-    """Tokens per second of train.py with one and two ranks. On a CPU each rank has one thread."""
-    medians, measured = {}, {1: [], 2: []}
-    for ranks in [1, 2] * setup.repeat:
-        with tempfile.TemporaryDirectory() as out_dir:
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                       f"--nproc_per_node={ranks}", f"{ROOT}/bench.py", "--one-rank", *words,
-                       f"--out_dir={out_dir}", "--max_iters=21", "--decay_lr=False",
-                       "--eval_interval=21", "--eval_iters=1"]
-            done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                                  capture_output=True, text=True)
-        if done.returncode:
-            reason = done.stderr.rpartition("error: ")[2].partition("\n")[0]
-            raise UserError(f"train.py failed with {ranks} rank(s): {reason}")
-        measured[ranks].append([float(word) for word in done.stdout.splitlines()[-1].split()])
-    for ranks, runs in measured.items():
-        step, update = medians[ranks] = [statistics.median(values) for values in zip(*runs)]
-        yield (f"{ranks} rank{'s' * (ranks > 1)}", setup.cfg.tokens_per_step / step, "tokens/s",
-               f"{medians[1][0] / step:.2f} x, optimizer {update / step:.1%} of a step")
-
-
 def main(argv):
-    if "--one-rank" in argv:   # passed by bench_ranks
-        return train_one_rank([word for word in argv if word != "--one-rank"])
     parser = ArgumentParser(__doc__)
     parser.add_argument("--only", default="optimizer,step,head,memory", metavar="SECTION,...")
     parser.add_argument("--repeat", type=int, default=5, help="measurements behind each median")
     parser.add_argument("--json", metavar="FILE", help="also write the results to FILE")
-    parser.add_argument("--profile", metavar="FILE", help="section step: write a trace to FILE")
     args, words = parser.parse_known_args(argv)
     if args.repeat < 1:
         raise UserError(f"repeat must be at least 1, got {args.repeat}")
@@ -289,8 +236,7 @@ def main(argv):
     except UserError as error:
         print(f"random tokens: {error}")
     sections = {"optimizer": bench_optimizer(setup), "head": bench_head(setup),   # generators
-                "step": bench_step(setup, data, args.profile), "memory": bench_memory(setup),
-                "ranks": bench_ranks(setup, words)}
+                "step": bench_step(setup, data), "memory": bench_memory(setup)}
     chosen = args.only.split(",")
     if unknown := set(chosen) - set(sections):
         raise UserError(f"unknown section {unknown.pop()}; choose from {', '.join(sections)}")

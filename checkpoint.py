@@ -1,7 +1,4 @@
-"""
-Checkpoints: RUN/ckpt_00001000.pt holds step 1,000. Written atomically and verified when loaded; the
-last two and the best are kept.
-"""
+"""Checkpoints RUN/ckpt_STEP.pt, written atomically, verified when loaded. Keeps 2 and the best."""
 import os
 import pickle
 import re
@@ -39,10 +36,7 @@ def check_unused(run_dir):
 
 
 def lock(run_dir):
-    """
-    Create run_dir and lock it until this process ends. Raises UserError if another process holds
-    the lock.
-    """
+    """Create run_dir and lock it until this process ends. Raises UserError if it is locked."""
     with suppress(OSError):   # not writable: writing config.json will report it
         os.makedirs(run_dir, exist_ok=True)
         # Never closed. NFS locks only files that are open for writing, hence a file.

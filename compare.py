@@ -2,12 +2,10 @@
 Compare training runs: losses, speed, settings that differ, and the speed-up over a baseline.
 
     python compare.py out/quickstart-sophiag out/quickstart-adamw --plot=compare.png
-    python compare.py export.csv     # a wandb panel exported as CSV, with iter as the x axis
 
 The baseline is the first AdamW run, or the first run if there is none. Times count training steps
 only. They compare optimizers only if the machines are alike.
 """
-import csv
 import json
 import os
 from dataclasses import dataclass
@@ -35,7 +33,7 @@ Speed-ups (x) are underestimates: in mid-run the learning rate is still high, an
 @dataclass
 class Run:
     path: str
-    config: dict      # empty if unknown
+    config: dict      # its settings
     records: list     # of metrics.jsonl
     name: str = ""
 
@@ -81,26 +79,6 @@ def read_run(folder):
     return run
 
 
-def read_export(path):
-    """Runs in a CSV exported from wandb, with columns "iter" or "Step" and "NAME - val/loss"."""
-    runs = []
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file))
-        for column in rows[0] if rows else ():
-            name, _, key = column.rpartition(" - ")
-            if key == "val/loss":
-                records = [{"iter": int(float(row.get("iter") or row["Step"])), key: float(loss)}
-                           for row in rows if (loss := row[column]) and np.isfinite(float(loss))]
-                runs += [Run(os.path.join(path, name), {}, records)] if records else []
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"cannot read {path} as a CSV exported from wandb with iter or Step as its "
-                        f"x axis ({type(error).__name__}: {error})") from None
-    if not runs:
-        raise UserError(f'{path} has no column "NAME - val/loss" with values')
-    return runs
-
-
 def format_count(n):
     """4,096, 4.915M or 49.15B."""
     size, unit = (1e9, "B") if n >= 1e9 else (1e6, "M")
@@ -139,9 +117,8 @@ def summarize_run(run, base):
 
 
 def differing_settings(runs, keys):
-    """The keys whose values differ between the runs whose settings are known."""
-    configs = [run.config for run in runs if run.config]
-    return [k for k in keys if any(c.get(k) != configs[0].get(k) for c in configs)]
+    """The keys whose values differ between the runs."""
+    return [k for k in keys if any(r.config.get(k) != runs[0].config.get(k) for r in runs)]
 
 
 def check_fairness(run, base):
@@ -152,9 +129,7 @@ def check_fairness(run, base):
         last = r.series("iter", "val/loss")[0][-1]
         ends = ("max_iters", "lr_decay_iters") if r.config.get("decay_lr") else ("max_iters",)
         end = max(r.config.get(key, 0) for key in ends)
-        if not r.config:
-            warnings.append(f"{r.name} is a wandb export, so its settings are unknown")
-        elif last < end:
+        if last < end:
             warnings.append(f"{r.name} was last evaluated at step {last:,.0f} of {end:,}")
     return warnings
 
@@ -180,12 +155,10 @@ def compare_to_baseline(run, base, fair):
 
 def main(argv):
     parser = ArgumentParser(__doc__)
-    parser.add_argument("runs", nargs="+", help="run directories, or CSV files exported from wandb")
+    parser.add_argument("runs", nargs="+", help="run directories")
     parser.add_argument("--plot", metavar="FILE", help="draw the curves: .png, .pdf, .svg, ...")
     args = parser.parse_args(argv)
-    runs = []
-    for path in args.runs:
-        runs += read_export(path) if path.endswith(".csv") else [read_run(path)]
+    runs = [read_run(path) for path in args.runs]
     names = [os.path.basename(os.path.normpath(run.path)) for run in runs]
     for run, name in zip(runs, names):
         run.name = name if names.count(name) == 1 else run.path

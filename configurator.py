@@ -3,8 +3,7 @@ Settings: the one list of knobs, and how config files and --key=value set them.
 
     python train.py config/a.py --learning_rate=3e-4 config/b.py     # later words win
 
-A config file is Python assignments, executed in a namespace of its own. --key=value is parsed and
-never executed.
+A config file holds Python assignments and runs in its own namespace. --key=value is only parsed.
 """
 import dataclasses
 import difflib
@@ -208,9 +207,8 @@ def help_text():
 
 def load_config(argv, world_size=1):
     """
-    TrainConfig from command-line words: config files and --key=value; later words win. world_size:
-    ranks that share total_batch_size. Raises UserError before anything is allocated. --help prints
-    the knobs and exits.
+    TrainConfig from command-line words: config files and --key=value; later words win. --help
+    prints the knobs and exits. world_size: ranks that share total_batch_size. Raises UserError.
     """
     settings = {}
     for word in argv:

@@ -91,8 +91,7 @@ def explain_lost_rank():
 
 
 def print0(text):
-    """Print on rank 0. Training continues if the terminal or pipe is closed, or the disk that holds
-    the log is full."""
+    """Print on rank 0. A closed terminal or pipe, or a full disk, does not stop training."""
     if int(os.environ.get("RANK", 0)) == 0:
         try:
             print(text, flush=True)
@@ -100,19 +99,16 @@ def print0(text):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def all_reduce_mean(value):
-    """Mean over ranks of a 0-dim tensor, in place on its device."""
-    if dist.is_initialized():
-        dist.all_reduce(value)
-        value /= dist.get_world_size()
-    return value
-
-
 def all_reduce_sum(values):
-    """Sum over ranks of a tensor, in place."""
+    """Sum over ranks of a tensor, in place on its device."""
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
+
+
+def all_reduce_mean(values):
+    """Mean over ranks of a tensor, in place on its device."""
+    return all_reduce_sum(values).div_(world_size())
 
 
 def all_reduce_max(number):
@@ -125,10 +121,8 @@ def all_reduce_max(number):
 
 
 def broadcast_from_rank0(function):
-    """
-    Call function() on rank 0 alone; every rank gets the small Python object that it returns, or the
-    UserError that it raises.
-    """
+    """Call function() on rank 0 alone. Every rank gets the small Python object that it returns, or
+    the UserError that it raises."""
     if not dist.is_initialized():
         return function()
     box = [None, None]

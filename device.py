@@ -16,25 +16,15 @@ from model import rows_per_chunk
 from optim import STATE_TENSORS
 from script import RankError, UserError
 
-# Dense bfloat16/float16 tensor-core peaks in FLOP/s, with float32 accumulation. Keys are regular
-# expressions for the card's name in CUDA. Most data sheets print the peak with sparsity, which is
-# twice as high.
+# Dense bfloat16/float16 tensor-core peaks in FLOP/s, with float32 accumulation, from NVIDIA's data
+# sheets; for RTX 3090 to 5090 from the architectures' whitepapers. Most sheets print the peak with
+# sparsity, which is twice as high. Keys are regular expressions for the card's name in CUDA.
 PEAK_FLOPS = {
-    "GB200": 2500e12,                                   # GB200 NVL72 data sheet
-    "B200": 2250e12,                                    # Blackwell data sheet, HGX B200
-    "GH200 .*": 989e12,                                 # GH200 Grace Hopper data sheet
-    "H200": 989e12, "H200 NVL": 836e12,                 # H200 data sheet
-    "H100 .*HBM3": 989e12, "H100 NVL": 836e12,          # H100 data sheet, SXM and NVL
-    "H100 PCIe": 756e12,                                # H100 data sheet of 2022
-    "A100[ -].*": 312e12,                               # A100 data sheet
-    "L40S": 362e12, "L4": 121e12,                       # L40S and L4 data sheets
-    "A10G": 70e12,                                      # A10G data sheet, published by AWS
-    "RTX A6000": 155e12,                                # RTX A6000 data sheet
-    "RTX 3090": 71e12,                                  # Ampere GA102 whitepaper
-    "RTX 4090": 165e12,                                 # Ada architecture whitepaper
-    "RTX 5090": 209.5e12,                               # RTX Blackwell architecture whitepaper
-    "V100-SXM.*": 125e12, "V100-PCIE.*": 112e12,        # V100 data sheet
-    "T4": 65e12}                                        # T4 data sheet
+    "GB200": 2500e12, "B200": 2250e12, "GH200 .*": 989e12, "H200": 989e12, "H200 NVL": 836e12,
+    "H100 .*HBM3": 989e12, "H100 NVL": 836e12, "H100 PCIe": 756e12, "A100[ -].*": 312e12,
+    "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "RTX A6000": 155e12, "RTX 3090": 71e12,
+    "RTX 4090": 165e12, "RTX 5090": 209.5e12, "V100-SXM.*": 125e12, "V100-PCIE.*": 112e12,
+    "T4": 65e12}
 
 
 def pick_device(setting="auto"):

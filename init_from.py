@@ -163,8 +163,8 @@ def read_hf_folder(folder):
 def load_weights(source, vocab_size, bias):
     """
     {"model": state_dict of our GPT, "model_args": those of GPTConfig}. source: a file (a checkpoint
-    of ours, nanoGPT's or official Sophia's) or a folder (with a ckpt.pt, or in Hugging Face's
-    format). Raises UserError.
+    of ours, nanoGPT's or official Sophia's) or a folder (with a ckpt.pt, or Hugging Face's). Raises
+    UserError.
 
     vocab_size: tokens of the data. The embedding in source has one row per token, which we pad with
     zeros, or is already padded like ours.

@@ -1,7 +1,4 @@
-"""
-Lion: evolved sign momentum (Chen et al., arXiv 2302.06675, Algorithm 2). The fused step is that of
-sophia.py.
-"""
+"""Lion: evolved sign momentum (Chen et al., arXiv 2302.06675, Algorithm 2)."""
 import torch
 from torch.optim import Optimizer
 
@@ -29,8 +26,7 @@ class Lion(Optimizer):
         params: parameters or parameter groups.
         lr (float or Tensor): learning rate; every coordinate moves by exactly lr per step, apart
             from weight decay. The paper advises 3-10 times less than AdamW's.
-        betas: weights of the interpolation and of the momentum. The paper uses (0.95, 0.98) for
-            language models.
+        betas: weights of the interpolation and of the momentum; (0.95, 0.98) in the paper's LMs.
         weight_decay: decoupled. The paper advises 3-10 times AdamW's, which keeps
             lr * weight_decay the same.
         maximize: ascend instead of descend.

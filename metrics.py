@@ -120,8 +120,7 @@ class Metrics:
         self.skipped += skipped
 
     def check_skipped(self):
-        """Raise UserError on every rank after MAX_SKIPPED skipped steps in a row. Waits for the
-        device."""
+        """Raise UserError on all ranks after MAX_SKIPPED skips in a row. Waits for the device."""
         step = ddp.all_reduce_max(int(self.stuck_at))
         if step:
             self._give_up(f"the gradient was not finite in {MAX_SKIPPED} steps in a row, up to "

@@ -1,7 +1,4 @@
-"""
-The optimizer: choice by name, parameter groups, learning rate schedule. No other file tests an
-optimizer's name.
-"""
+"""The optimizer: choice by name, parameter groups, schedule. No other file tests its name."""
 import math
 
 import torch
@@ -14,10 +11,7 @@ STATE_TENSORS = {"sophiag": 2, "adamw": 2, "lion": 1}   # tensors of state per p
 
 
 def parameter_groups(model, weight_decay):
-    """
-    Two groups: Linear weights, which decay, and the rest, which does not: embeddings with the tied
-    head, LayerNorm, biases.
-    """
+    """Two groups: Linear weights decay; embeddings with the tied head, norms and biases do not."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)} - embeddings
     params = [p for p in model.parameters() if p.requires_grad]

@@ -1,6 +1,4 @@
-"""
-What every script shares: errors, how it starts and stops, files written whole or not at all.
-"""
+"""What every script shares: errors, start and stop, files written completely or not at all."""
 import argparse
 import json
 import os

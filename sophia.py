@@ -150,10 +150,8 @@ class SophiaG(Optimizer):
     """
     Args:
         params: parameters or parameter groups.
-        lr (float or Tensor): learning rate; also the largest change of a coordinate per step,
-            apart from weight decay.
-        betas: decay rates of exp_avg, the EMA m of gradients, and of hessian, the EMA h of squared
-            sampled-label gradients.
+        lr (float or Tensor): the largest change of a coordinate per step, without weight decay.
+        betas: decay rates of the EMAs of gradients, m, and of squared sampled-label gradients, h.
         rho: clipping threshold. A larger rho clips fewer coordinates (see `win_rate`). With
             target_win_rate, the initial value.
         weight_decay: decoupled, as in AdamW.
@@ -172,8 +170,7 @@ class SophiaG(Optimizer):
             alone decides whether rho adapts.
 
     State of a parameter: `step`, `exp_avg`, `hessian`. A state_dict of the official class loads.
-    There is no bias correction. Until the first `update_hessian`, h is zero and a step is
-    -lr sign(m).
+    No bias correction. Until the first `update_hessian`, h is zero and a step is -lr sign(m).
 
     As with torch.optim's fused optimizers, `step` and `update_hessian` change nothing if the
     attribute `found_inf`, a 0-dim float tensor, is 1. They do not wait for the device.
@@ -314,8 +311,7 @@ class SophiaG(Optimizer):
     @torch.no_grad()
     def statistics(self, bs=None):
         """
-        A dict of 0-dim float32 tensors, empty before the first step. One pass over the state,
-        without waiting for the device.
+        0-dim float32 tensors by name; {} before the first step. Does not wait for the device.
           win_rate: proportion of coordinates whose update is not clipped, |m| < rho B h. A larger
             rho gives a larger win_rate. Healthy runs stay within 0.1 and 0.5 after an early peak.
             Some articles call the clipped proportion, 1 - win_rate, by this name.

@@ -120,20 +120,9 @@ class Files:
         return table
 
     def count(self, limit):
-        """Number of documents, at most `limit`. A txt document counts once even if it is cut."""
-        documents = chain.from_iterable(map(self._uncut, range(self.files)))
-        return sum(1 for _ in islice(documents, limit))
-
-    def _uncut(self, file):
-        """Yield once per document; the values have no meaning."""
-        if self.formats[file] != "txt":
-            yield from self.documents(file, 0)
-            return
-        with self._open(self.paths[file]) as stream:
-            yield (block := b"")
-            while new := stream.read(2**20):
-                block = block[1 - len(SEPARATOR):] + new   # a separator may span two reads
-                yield from range(block.count(SEPARATOR))
+        """Number of documents, at most `limit`."""
+        files = (self.documents(file, 0) for file in range(self.files))
+        return sum(1 for _ in islice(chain.from_iterable(files), limit))
 
     def documents(self, file, skip):
         with self._open(self.paths[file]) as stream:
@@ -210,16 +199,16 @@ def cut(document):
         yield document
 
 
-def hub_files(name, config=None):
+def hub_files(name):
     """URLs of the training files of a data set on the Hugging Face hub. If the data set is a
     script, URLs of the hub's parquet conversion. Raises UserError."""
     from datasets import load_dataset_builder  # slow to import
     try:
         try:
-            builder = load_dataset_builder(name, config)
+            builder = load_dataset_builder(name)
         except RuntimeError as error:   # datasets 4+ runs no scripts
             print(f"{name}: {error}; reading the hub's parquet conversion instead")
-            builder = load_dataset_builder(name, data_dir=config, revision="refs/convert/parquet")
+            builder = load_dataset_builder(name, revision="refs/convert/parquet")
         urls = list(builder.config.data_files["train"])
         if any("/partial-" in url for url in urls):
             print(f"the hub has converted only the first part of {name}")

@@ -15,7 +15,7 @@ from model import GPT, GPTConfig
 @pytest.mark.slow
 def test_every_section_reports_positive_numbers(tiny_data, tmp_path):
     done = run("bench.py", *flags(**TINY, dataset=tiny_data), "--repeat=1",
-               f"--json={tmp_path}/bench.json", f"--profile={tmp_path}/trace.json")
+               f"--json={tmp_path}/bench.json")
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "bench.json").read_text())
     rows = {(r["section"], r["name"]): r for r in found["rows"]}
@@ -28,7 +28,6 @@ def test_every_section_reports_positive_numbers(tiny_data, tmp_path):
             ("memory", "forward and backward", "x plain"),
             ("memory", "training step, estimate", "x measured")):
         assert reference in rows[section, name]["note"]
-    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
 
 
 def test_adamw_has_no_hessian_and_missing_data_means_random_tokens(tmp_path):
@@ -64,14 +63,6 @@ def test_memory_estimate_is_near_what_the_allocator_counts(optimizer, dtype, bat
     measured = peak_memory(names, setup)
     parts = memory_estimate(cfg, setup.model(), getattr(torch, dtype), compiled=False)
     assert sum(parts.values()) == pytest.approx(measured, rel=0.15)
-
-
-@pytest.mark.slow
-def test_one_rank_against_two(tiny_data):
-    done = run("bench.py", *flags(**TINY, dataset=tiny_data), "--only=ranks", "--repeat=1")
-    assert done.returncode == 0, done.stderr
-    assert "1 rank " in done.stdout and "2 ranks" in done.stdout
-    assert done.stdout.count(" x, optimizer ") == 2
 
 
 def test_mistakes_get_one_line():

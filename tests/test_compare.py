@@ -192,36 +192,6 @@ def test_a_truncated_last_line_and_records_of_old_runs(tmp_path, adamw):
     assert (rows["bare"]["final val loss"], rows["bare"]["ms/step"]) == ("3.0000", "-")
 
 
-EXPORT = '''"iter","a - b - val/loss","a - b - val/loss__MIN","a - b - val/loss__MAX","c - val/loss"
-"0","5","5","5","5"
-"100","3","3","3",""
-"200","2","2","2","NaN"
-"300","","","","3"
-'''
-
-
-def test_a_panel_exported_from_wandb(tmp_path, adamw):
-    path = tmp_path / "export.csv"
-    path.write_text(EXPORT)
-    output = compare(path, f"--plot={tmp_path}/c.png")
-    rows = parse_tables(output)
-    assert rows["a - b"]["best val loss"] == "2.0000 at 200" and rows["c"]["steps"] == "300"
-    assert rows["c"]["loss diff at equal steps"] == f"{5 - 2 * 200 / 300 - 2:+.4f} at 200"
-    assert "warning: c is a wandb export, so its settings are unknown" in output
-    assert "x)\n" not in output
-    path.write_text(EXPORT.replace("iter", "Step"))
-    assert "vs adamw" in compare(path, adamw)
-
-
-@pytest.mark.parametrize("text, named", [
-    ("", "val/loss"), ("iter,a - train/loss\n1,2\n", "val/loss"),
-    ("epoch,a - val/loss\n1,2\n", "iter"), ("iter,a - val/loss\n1,two\n", "two"),
-    ("iter,a - val/loss\n1,2,3\n", "export.csv")])
-def test_a_csv_not_exported_from_wandb_is_an_error_of(tmp_path, text, named):
-    (tmp_path / "export.csv").write_text(text)
-    assert named in error_of(tmp_path / "export.csv")
-
-
 @pytest.mark.slow
 def test_plot(tmp_path, sophiag, adamw):
     path = tmp_path / "curves.png"
@@ -230,14 +200,6 @@ def test_plot(tmp_path, sophiag, adamw):
     width, height = struct.unpack(">II", raw[16:24])
     assert raw.startswith(b"\x89PNG") and width == 9 * 160 and 1600 < height < 2000
     assert len(raw) > 50_000
-
-
-def test_only_what_the_runs_have_is_plotted(tmp_path):
-    """An export has only val loss over steps: one panel, so one row of panels instead of four."""
-    (tmp_path / "export.csv").write_text(EXPORT)
-    path = tmp_path / "curves.png"
-    compare(tmp_path / "export.csv", f"--plot={path}")
-    assert struct.unpack(">II", path.read_bytes()[16:24]) == (9 * 160, 3.2 * 160)
 
 
 def test_a_run_that_just_started_is_plotted_with_the_others(tmp_path, adamw):

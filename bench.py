@@ -10,13 +10,14 @@ Benchmark the parts of a training run, each against a reference measured at the 
 Times are medians. Settings are those of train.py. Without the data set, tokens are random.
 """
 import json
-import multiprocessing
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate, count
+from multiprocessing import get_context
 
 import torch
 import torch.nn.functional as F
@@ -211,8 +212,8 @@ def bench_memory(setup):
         step += [HESSIAN, HESSIAN_UPDATE] * cfg.squares_gradient   # no estimate for Hutchinson
     if setup.device.type == "mps":   # PyTorch does not report a peak there
         return
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        *peaks, peak = pool.starmap(peak_memory, [(names, setup) for names in [*passes, step]], 1)
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
+        *peaks, peak = pool.map(partial(peak_memory, setup=setup), [*passes, step])
     for (name,), pass_peak in zip(passes, peaks):
         yield name, pass_peak / 1e9, "GB", f"{pass_peak / peaks[0]:.2f} x plain"
     yield f"training step, {cfg.optimizer}", peak / 1e9, "GB", ""

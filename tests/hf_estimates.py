@@ -16,7 +16,7 @@ from hf_trainer import SophiaTrainer  # noqa: E402
 
 from sophia import SophiaG  # noqa: E402
 
-STEPS, BETA2 = 300, 0.998
+STEPS, BETA2 = 150, 0.998
 
 
 def gauss_newton_diagonal(model, block):

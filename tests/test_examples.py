@@ -101,7 +101,7 @@ def test_hf_trainer_runs_in_two_processes(text, tmp_path):
 
 
 def test_hf_trainer_estimates_the_gauss_newton_diagonal_in_two_processes(tmp_path):
-    """The mean of 300 estimates, including padding and short last updates of an epoch. Unreduced
+    """The mean of 150 estimates, including padding and short last updates of an epoch. Unreduced
     gradients, equal noise on both ranks or a wrong bs would give a ratio of 2 or 1/2."""
     launch("tests/hf_estimates.py", tmp_path)
     found, exact = (torch.cat([t.flatten() for t in tensors])

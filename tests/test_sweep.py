@@ -11,7 +11,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from conftest import TINY, command, environment, flags, records, run
+from conftest import TINY, Fork, flags, records, run
 
 import sweep
 from script import UserError
@@ -217,45 +217,43 @@ def wait_for(condition):
 
 @pytest.mark.slow
 def test_a_killed_or_stopped_sweep_loses_and_repeats_no_step(tiny_data, tmp_path):
-    argv = words(tiny_data, tmp_path, "--learning_rate=1e-3,2e-3,3e-3", "--jobs=2", max_iters=200)
-    places = [tmp_path / f"learning_rate={lr}" for lr in ("0.001", "0.002", "0.003")]
+    argv = words(tiny_data, tmp_path, "--learning_rate=1e-3,2e-3", "--jobs=2", max_iters=100)
+    places = [tmp_path / f"learning_rate={lr}" for lr in ("0.001", "0.002")]
+    stderr = tmp_path / "stderr"
 
     def begin():
-        return subprocess.Popen(command("sweep.py", *argv), env=environment(), text=True,
-                                start_new_session=True, stdout=subprocess.PIPE,
-                                stderr=subprocess.PIPE)
+        return Fork("sweep.py", argv, tmp_path / "stdout", stderr, os.setsid)
 
     def finished():
         return [p for p in places if (p / "metrics.jsonl").exists()
-                and any(r["iter"] == 200 for r in records(p, "val/loss"))]
+                and any(r["iter"] == 100 for r in records(p, "val/loss"))]
 
-    process = begin()
+    sweep_process = begin()
     wait_for(lambda: (places[0] / "metrics.jsonl").exists())
-    delay = random.uniform(0, 3)
+    delay = random.uniform(0, 1)
     print(f"killed after {delay} s")
     time.sleep(delay)
-    os.killpg(process.pid, signal.SIGKILL)   # with its trainers
-    process.communicate()
+    os.killpg(sweep_process.process.pid, signal.SIGKILL)   # with its trainers
+    assert sweep_process.end() == -9
     before = {p: files(p) for p in finished()}
 
-    process = begin()
-    process.stdout.readline()
+    sweep_process = begin()
+    wait_for(lambda: (tmp_path / "stdout").read_text().count("to train") == 2)
     time.sleep(random.uniform(0, 4))
-    process.send_signal(signal.SIGTERM)      # to itself alone
-    _, stderr = process.communicate(timeout=60)
+    os.kill(sweep_process.process.pid, signal.SIGTERM)     # to itself alone
+    code = sweep_process.end()
     statuses = [row["status"] for row in table(tmp_path).values()]
     left = statuses.count("stopped") + statuses.count("missing")
-    assert (process.returncode, stderr) in ((0, ""), (
-        1, f"sweep.py: stopped by SIGTERM, {left} of {3 - len(before)} runs not done; call again "
+    assert (code, stderr.read_text()) in ((0, ""), (
+        1, f"sweep.py: stopped by SIGTERM, {left} of {2 - len(before)} runs not done; call again "
            f"to resume\n"))
     before |= {p: files(p) for p in finished() if p not in before}
 
-    process = begin()
-    _, stderr = process.communicate(timeout=120)
-    assert (process.returncode, stderr) == (0, "")
+    stderr.write_text("")
+    assert (begin().end(), stderr.read_text()) == (0, "")
     for place in places:
-        assert [r["iter"] for r in records(place)] == list(range(1, 201))
-        assert [r["iter"] for r in records(place, "val/loss")] == list(range(0, 201, 20))
+        assert [r["iter"] for r in records(place)] == list(range(1, 101))
+        assert [r["iter"] for r in records(place, "val/loss")] == list(range(0, 101, 20))
     assert before == {p: files(p) for p in before}
     assert {row["status"] for row in table(tmp_path).values()} == {"done"}
 

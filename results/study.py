@@ -56,7 +56,8 @@ SENSITIVITY = {
     "adamw": {"learning_rate": (0.25, 0.5, 2, 4), "momentum": (3, 5, 20, 40),
               "warmup": (0.025, 0.05, 0.1, 0.4)},
     "lion": {"learning_rate": (0.25, 0.5, 2, 4), "momentum": (3, 5, 20, 40)},
-    "sophiag": {"learning_rate": (0.25, 0.5, 2, 4), "rho": (0.02, 0.1, 0.5, 2)},
+    "sophiag": {"learning_rate": (0.25, 0.5, 2, 4), "rho": (0.02, 0.1, 0.5, 2),
+                "second": (10, 40, 100, 400)},
     "steered": {"learning_rate": (0.25, 0.5, 2, 4), "momentum": (3, 5, 20, 40),
                 "second": (10, 40, 100, 400), "warmup": (0.025, 0.05, 0.1, 0.4),
                 "target_win_rate": (0.05, 0.15, 0.3, 0.6)}}
@@ -315,6 +316,8 @@ def main(argv):
                 print(f"{name}: OMP_NUM_THREADS=1 python {script}{' '.join(words)}")
             return
         waiting = [name for name in plan if name not in rows and name not in running]
+        # A trial waits for the arm's one before, so all arms advance together.
+        waiting.sort(key=lambda name: name[-2:] if "/tune/" in name else "all trials")
         while waiting and len(running) < JOBS:
             name = waiting.pop(0)
             running[name] = start(name, plan[name]), plan[name]

@@ -57,9 +57,9 @@ SENSITIVITY = {
               "warmup": (0.025, 0.05, 0.1, 0.4)},
     "lion": {"learning_rate": (0.25, 0.5, 2, 4), "momentum": (3, 5, 20, 40)},
     "sophiag": {"learning_rate": (0.25, 0.5, 2, 4), "rho": (0.02, 0.1, 0.5, 2),
-                "second": (10, 40, 100, 400)},
+                "second": (10, 40, 100, 400, 1000)},
     "steered": {"learning_rate": (0.25, 0.5, 2, 4), "momentum": (3, 5, 20, 40),
-                "second": (10, 40, 100, 400), "warmup": (0.025, 0.05, 0.1, 0.4),
+                "second": (10, 40, 100, 400, 1000), "warmup": (0.025, 0.05, 0.1, 0.4),
                 "target_win_rate": (0.05, 0.15, 0.3, 0.6)}}
 # Words that change the steered arm, or AdamW, at its tuned point.
 ABLATIONS = {

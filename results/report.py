@@ -198,12 +198,14 @@ def panel(figure, rows, columns, index, x_label, ticks):
 
 def gap_figure():
     """Gap to AdamW against tokens per step, and against the number of steps."""
-    figure = Figure(figsize=(9, 3.8), dpi=160, layout="constrained")
-    panels = ((TOKENS, "tokens per step (400 steps)"), (LENGTHS, "steps (1,024 tokens each)"))
+    panels = [(places, label) for places, label in (
+        (TOKENS, "tokens per step (400 steps)"), (LENGTHS, "steps (1,024 tokens each)"))
+        if any(map(finals, places))]
+    figure = Figure(figsize=(4.5 * len(panels), 3.8), dpi=160, layout="constrained")
     handles = {}
     for i, (places, label) in enumerate(panels, 1):
         ticks = list(places.values())
-        ax = panel(figure, 1, 2, i, label, ticks)
+        ax = panel(figure, 1, len(panels), i, label, ticks)
         ax.set_xlim(ticks[0] / 1.5, ticks[-1] * 1.5)
         ax.axhline(0, color=STYLES["adamw"][0], linestyle="--", linewidth=1)
         ax.set_ylabel("loss minus AdamW's (nats/byte)")
@@ -217,7 +219,7 @@ def gap_figure():
                 xs, means, errors = zip(*points)
                 handles[NAMES[arm]] = ax.errorbar(xs, means, errors, color=colour, marker=marker,
                                                   linestyle=line, capsize=3, label=NAMES[arm])
-    figure.legend(handles.values(), handles.keys(), ncols=3, loc="outside upper center",
+    figure.legend(handles.values(), handles.keys(), ncols=2, loc="outside upper center",
                   frameon=False)
     return figure
 

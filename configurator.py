@@ -71,7 +71,7 @@ class TrainConfig:
     weight_decay: float | None = knob(None, "decoupled, on Linear weights only (default: 0.2 "
                                       "sophiag, 0.1 adamw, 0.6 lion)")
     beta1: float | None = knob(None, "default: 0.965 sophiag, 0.9 adamw, 0.95 lion; in runs of "
-                               "about 1,000 steps, 0.8 to 0.9 is better for all three")
+                               "about 1,000 steps use 0.85")
     beta2: float | None = knob(None, "default: 0.99 sophiag, 0.95 adamw, 0.98 lion")
     grad_clip: float = knob(1.0, "maximum gradient norm; 0: no clipping")
     rho: float = knob(0.05, "sophiag: clipping threshold; a larger rho gives a larger win_rate")
@@ -79,9 +79,9 @@ class TrainConfig:
     hessian_estimator: str = knob("gnb", "sophiag: gnb | hutchinson (Sophia-H; rho 0.01 in the "
                                   "paper) | empirical_fisher")
     hessian_interval: int = knob(10, "sophiag: steps between Hessian estimates, k")
-    hessian_batch_size: int | None = knob(None, "sophiag: sequences in a Hessian estimate, over "
-                                          "all ranks (default: half of total_batch_size; a 15th "
-                                          "for hutchinson)")
+    hessian_batch_size: int | None = knob(None, "sophiag: sequences per Hessian estimate, over "
+                                          "all ranks (default: total_batch_size / 2; hutchinson: "
+                                          "/ 15)")
     # machine
     device: str = knob("auto", "auto | cuda | mps | cpu")
     dtype: str = knob("auto", "auto | float32 | bfloat16 | float16 (with a GradScaler)")

@@ -20,7 +20,7 @@ SHARED = dict(dataset="openwebtext", block_size=1024, total_batch_size=480, toke
               max_iters=100_000, lr_decay_iters=100_000, warmup_iters=2000, decay_lr=True,
               grad_clip=1.0, dropout=0.0, bias=False, scale_attn_by_inverse_layer_idx=True)
 OWN = {"out_dir", "wandb_run_name", "optimizer", "learning_rate", "min_lr", "weight_decay", "beta1",
-       "beta2", "rho", "target_win_rate", "hessian_estimator", "hessian_interval",
+       "beta2", "warmup_iters", "rho", "target_win_rate", "hessian_estimator", "hessian_interval",
        "hessian_batch_size"}   # the optimizer's own settings
 
 

@@ -79,9 +79,8 @@ class TrainConfig:
     hessian_estimator: str = knob("gnb", "sophiag: gnb | hutchinson (Sophia-H; rho 0.01 in the "
                                   "paper) | empirical_fisher")
     hessian_interval: int = knob(10, "sophiag: steps between Hessian estimates, k")
-    hessian_batch_size: int | None = knob(None, "sophiag: sequences per Hessian estimate, over "
-                                          "all ranks (default: total_batch_size / 2; hutchinson: "
-                                          "/ 15)")
+    hessian_batch_size: int | None = knob(None, "sophiag: sequences per Hessian estimate, over all "
+                                          "ranks (default: total_batch_size / 2; hutchinson: / 15)")
     # machine
     device: str = knob("auto", "auto | cuda | mps | cpu")
     dtype: str = knob("auto", "auto | float32 | bfloat16 | float16 (with a GradScaler)")

@@ -1,6 +1,4 @@
-"""
-The device: which one, its dtype, whether torch.compile works there, its peak FLOP/s and memory.
-"""
+"""The device: which one, its dtype, whether torch.compile works, its peak FLOP/s and memory."""
 import os
 import re
 import shutil

@@ -1,6 +1,4 @@
-"""
-Figures: the training curves of compare.py --plot, and final loss against learning rate of sweep.py.
-"""
+"""Figures: training curves of compare.py --plot, and loss against learning rate of sweep.py."""
 import math
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""Checkpoints RUN/ckpt_STEP.pt, written atomically, verified when loaded. Keeps 2 and the best."""
+"""Checkpoints, RUN/ckpt_STEP.pt: atomic writes, verified reads. Keeps the last two and the best."""
 import os
 import pickle
 import re
@@ -36,7 +36,7 @@ def check_unused(run_dir):
 
 
 def lock(run_dir):
-    """Create run_dir and lock it until this process ends. Raises UserError if it is locked."""
+    """Create run_dir and lock it until this process ends. UserError if another process has it."""
     with suppress(OSError):   # not writable: writing config.json will report it
         os.makedirs(run_dir, exist_ok=True)
         # Never closed. NFS locks only files that are open for writing, hence a file.

@@ -33,7 +33,7 @@ Speed-ups (x) are underestimates: in mid-run the learning rate is still high, an
 @dataclass
 class Run:
     path: str
-    config: dict      # its settings
+    config: dict      # of config.json
     records: list     # of metrics.jsonl
     name: str = ""
 

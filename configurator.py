@@ -70,8 +70,8 @@ class TrainConfig:
     decay_lr: bool = knob(True, "cosine decay; False: constant after warmup")
     weight_decay: float | None = knob(None, "decoupled, on Linear weights only (default: 0.2 "
                                       "sophiag, 0.1 adamw, 0.6 lion)")
-    beta1: float | None = knob(None, "default: 0.965 sophiag, 0.9 adamw, 0.95 lion; in runs of "
-                               "about 1,000 steps use 0.85")
+    beta1: float | None = knob(None, "default: 0.965 sophiag, 0.9 adamw, 0.95 lion; 0.8 to 0.9 "
+                               "was best in runs of 400 steps")
     beta2: float | None = knob(None, "default: 0.99 sophiag, 0.95 adamw, 0.98 lion")
     grad_clip: float = knob(1.0, "maximum gradient norm; 0: no clipping")
     rho: float = knob(0.05, "sophiag: clipping threshold; a larger rho gives a larger win_rate")

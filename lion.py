@@ -26,7 +26,7 @@ class Lion(Optimizer):
         params: parameters or parameter groups.
         lr (float or Tensor): learning rate; every coordinate moves by exactly lr per step, apart
             from weight decay. The paper advises 3-10 times less than AdamW's.
-        betas: weights of the interpolation and of the momentum; (0.95, 0.98) in the paper's LMs.
+        betas: for the update and for the momentum. The paper's language models use (0.95, 0.98).
         weight_decay: decoupled. The paper advises 3-10 times AdamW's, which keeps
             lr * weight_decay the same.
         maximize: ascend instead of descend.

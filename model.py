@@ -40,7 +40,7 @@ class CausalSelfAttention(nn.Module):
                              persistent=False)
 
     def forward(self, x, cache=None, start=0):                                   # (B, T, C)
-        """cache: keys and values (2, B, nh, positions, hs) of `start` positions; x's are added."""
+        """cache: keys and values (2, B, nh, positions, hs) of the first `start` positions."""
         B, T, C = x.shape
         q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
                    for t in self.c_attn(x).split(C, dim=2))                      # (B, nh, T, hs)

@@ -150,7 +150,7 @@ class SophiaG(Optimizer):
     """
     Args:
         params: parameters or parameter groups.
-        lr (float or Tensor): the largest change of a coordinate per step, without weight decay.
+        lr (float or Tensor): learning rate. Without decay, no coordinate changes by more per step.
         betas: decay rates of the EMAs of gradients, m, and of squared sampled-label gradients, h.
         rho: clipping threshold. A larger rho clips fewer coordinates (see `win_rate`). With
             target_win_rate, the initial value.

@@ -120,7 +120,7 @@ class Files:
         return table
 
     def count(self, limit):
-        """Number of documents, at most `limit`."""
+        """Number of documents, at most `limit`. The pieces of a cut document count."""
         files = (self.documents(file, 0) for file in range(self.files))
         return sum(1 for _ in islice(chain.from_iterable(files), limit))
 

@@ -4,7 +4,7 @@ results/README.md and ../README.md, between <!-- name --> and <!-- end -->.
 
     python results/report.py
 
-A table or figure is empty as long as its runs are missing.
+A table or figure appears when its runs are done.
 """
 import json
 import os
@@ -26,6 +26,7 @@ STYLES = {"adamw": ("#D55E00", "s", "--"), "lion": ("#009E73", "D", "-."),
           "sophiag": ("#0072B2", "o", "-"), "steered": ("#CC79A7", "^", ":"),
           "sign": ("#999999", "v", "--"), "sophiag-published": ("#56B4E9", "P", "-"),
           "lion-published": ("#E69F00", "X", "-.")}
+MISSING = "*Not run yet.*"
 TOKENS = {"1k": 1024, "8k": 8192, "32k": 32768}
 LENGTHS = {"1k": 400, "1k-x4": 1600, "1k-x16": 6400}
 TITLES = {"1k": "1,024 tokens per step, 400 steps", "8k": "8,192 tokens per step, 400 steps",
@@ -272,13 +273,13 @@ def fill(path, blocks):
 def main():
     tables = {"tuned": tuned_table(), "finals": finals_table(), "ablations": ablation_table(),
               "speedup": speedup_table(), "short": short_table()}
-    blocks = {name: markdown(rows) if rows else "" for name, rows in tables.items()}
+    blocks = {name: markdown(rows) if rows else MISSING for name, rows in tables.items()}
     figures = {"gap": (gap_figure, bool(finals("8k"))),
                "sensitivity": (sensitivity_figure, all(
                    any(name.startswith(f"8k/sensitivity/{arm}/") for name in ROWS)
                    for arm in SENSITIVITY))}
     for name, (draw, ready) in figures.items():
-        blocks[name] = f"![{draw.__doc__}]({name}.png)" if ready else ""
+        blocks[name] = f"![{draw.__doc__}]({name}.png)" if ready else MISSING
         if ready:
             draw().savefig(os.path.join(RESULTS, f"{name}.png"))
     for path in "README.md", "../README.md":

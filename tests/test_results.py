@@ -65,7 +65,7 @@ def test_every_table_and_figure_of_a_whole_study(copy):
     report(copy)
     assert sorted(p.name for p in copy.glob("results/*.png")) == ["gap.png", "sensitivity.png"]
     _, text = pages(copy).values()
-    assert not re.search(r"<!-- \w+ -->\s*<!-- end -->", text)   # no table is empty
+    assert "Not run yet" not in text
     steered = re.search(r"8,192 tokens.*?adapted ρ \| \S+ \| (\S+) ± \S+ \| (\S+) ±", text, re.S)
     assert float(steered[2].strip("*")) == pytest.approx(-0.02, abs=2e-3)
     assert f"{len(rows)} runs, {len(rows) / 100:.1f} hours" in text

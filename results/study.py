@@ -54,13 +54,12 @@ SETTINGS = {
 # Values around the tuned point, each on the tuning seed.
 SENSITIVITY = {
     "adamw": {"learning_rate": (0.25, 0.5, 2, 4), "momentum": (3, 5, 20, 40),
-              "warmup": (0.025, 0.05, 0.1, 0.4)},
+              "warmup": (0.025, 0.1)},
     "lion": {"learning_rate": (0.25, 0.5, 2, 4), "momentum": (3, 5, 20, 40)},
-    "sophiag": {"learning_rate": (0.25, 0.5, 2, 4), "rho": (0.02, 0.1, 0.5, 2),
-                "second": (10, 40, 100, 400, 1000)},
+    "sophiag": {"rho": (0.02, 0.5, 2), "second": (10, 40, 100, 400, 1000)},
     "steered": {"learning_rate": (0.25, 0.5, 2, 4), "momentum": (3, 5, 20, 40),
-                "second": (10, 40, 100, 400, 1000), "warmup": (0.025, 0.05, 0.1, 0.4),
-                "target_win_rate": (0.05, 0.15, 0.3, 0.6)}}
+                "second": (10, 40, 100, 400, 1000), "warmup": (0.025, 0.1),
+                "target_win_rate": (0.05, 0.3, 0.7)}}
 # Words that change the steered arm, or AdamW, at its tuned point.
 ABLATIONS = {
     "k=1": ("steered", 1, []), "k=50": ("steered", 50, []),
@@ -222,20 +221,23 @@ def make_plan(rows):
     tuned = {arm: study.tuning(arm) for arm in ARMS}
     if None in tuned.values():   # no final before every arm is tuned
         return study
-    real = {arm: point for arm, point in tuned.items() if arm != "sign"}
+
+    def points(*arms):
+        return {arm: tuned[arm] for arm in arms}
+
     published = {f"{arm}-published": {**tuned[arm], **PUBLISHED[arm]} for arm in PUBLISHED}
     study.finals("8k", tuned)
     study.setting("1k", {**tuned, **published})
     for arm in "adamw", "lion", "steered":
         study.learning_rates("quick", arm, tuned[arm])
+    study.lengths(points("adamw", "lion", "sophiag", "steered"))
     study.ablations(tuned)
+    study.setting("1k-x4", points("adamw", "lion", "sophiag", "steered") | published)
     study.sensitivity(tuned)
-    study.setting("1k-x4", {**real, **published})
-    study.lengths(real)
-    study.setting("1k-x16", {**{arm: tuned[arm] for arm in ("adamw", "steered")},
-                             "sophiag-published": published["sophiag-published"]})
-    study.setting("3M", real)
-    study.setting("32k", real)
+    study.setting("3M", points("adamw", "lion", "steered"))
+    study.setting("32k", points("adamw", "lion", "steered", "sign"))
+    study.setting("1k-x16", points("adamw", "steered") | {
+        "sophiag-published": published["sophiag-published"]})
     return study
 
 

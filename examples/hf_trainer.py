@@ -70,6 +70,9 @@ def main():
     parser.set_defaults(output_dir="out/hf", max_steps=100, learning_rate=3e-4, logging_steps=10)
     args, example = parser.parse_args_into_dataclasses()
     example.text.is_file() or sys.exit(f"{example.text} is not a file; choose one with --text")
+    start = args.resume_from_checkpoint
+    if start and not Path(start, "trainer_state.json").is_file():
+        sys.exit(f"{start} is not a checkpoint of the Trainer, like out/hf/checkpoint-100")
     hf.set_seed(args.seed)
     if example.model:
         model = hf.AutoModelForCausalLM.from_pretrained(example.model)
@@ -89,7 +92,7 @@ def main():
     trainer = SophiaTrainer(
         model, args, train_dataset=blocks[held_out:], eval_dataset=blocks[:held_out],
         hessian_interval=example.hessian_interval, optimizer_cls_and_kwargs=(SophiaG, sophiag))
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=start)
     trainer.log_metrics("eval", trainer.evaluate())
 
 

@@ -80,10 +80,13 @@ def test_hf_trainer_finetunes_a_folder(text, tmp_path):
     assert tuned.config.n_positions == 64
 
 
-def test_hf_trainer_names_a_short_or_missing_text(tmp_path):
+def test_hf_trainer_names_a_short_text_or_a_missing_file(tmp_path):
     done = run("examples/hf_trainer.py", f"--text={tmp_path}/none.txt")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.strip().splitlines()[-1].endswith("not a file; choose one with --text")
+    done = run("examples/hf_trainer.py", f"--resume_from_checkpoint={tmp_path}")
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith(f"{tmp_path} is not a checkpoint")
     (tmp_path / "short.txt").write_text("x" * 256)
     done = run("examples/hf_trainer.py", f"--text={tmp_path}/short.txt")
     assert done.returncode == 1

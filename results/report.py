@@ -21,11 +21,14 @@ RESULTS = os.path.dirname(os.path.abspath(__file__))
 NAMES = {"adamw": "AdamW", "lion": "Lion", "sophiag": "SophiaG, fixed ρ",
          "steered": "SophiaG, adapted ρ", "sign": "sign momentum (no Hessian)",
          "sophiag-published": "SophiaG, published constants",
-         "lion-published": "Lion, published constants"}
+         "lion-published": "Lion, published constants",
+         "adamw-published": "AdamW, published constants",
+         "adamw-tokens": "AdamW, β2 for small batches"}
 STYLES = {"adamw": ("#D55E00", "s", "--"), "lion": ("#009E73", "D", "-."),
           "sophiag": ("#0072B2", "o", "-"), "steered": ("#CC79A7", "^", ":"),
           "sign": ("#999999", "v", "--"), "sophiag-published": ("#56B4E9", "P", "-"),
-          "lion-published": ("#E69F00", "X", "-.")}
+          "lion-published": ("#E69F00", "X", "-."), "adamw-published": ("#D55E00", "s", ":"),
+          "adamw-tokens": ("#000000", "*", "--")}
 MISSING = "*Not run yet.*"
 TOKENS = {"1k": 1024, "8k": 8192, "32k": 32768}
 LENGTHS = {"1k": 400, "1k-x4": 1600, "1k-x16": 6400}
@@ -119,7 +122,7 @@ def finals_table():
 def short_table():
     """README's: the differences to AdamW at each setting."""
     settings = [s for s in TITLES if finals(s)]
-    arms = [arm for arm in NAMES if arm != "adamw" and "published" not in arm]
+    arms = ARMS[1:]
     rows = []
     for setting in settings:
         base = losses(f"{setting}/final/adamw")
@@ -214,7 +217,7 @@ def gap_figure():
             shift = 1.06 ** (number - 3)   # so that error bars stay apart
             points = [(x * shift, *gap(losses(f"{s}/final/{arm}"), losses(f"{s}/final/adamw")))
                       for s, x in places.items() if arm != "adamw" and arm in finals(s)
-                      and not (i == 1 and "published" in arm)]
+                      and (i == 2 or arm in ARMS)]
             if points:
                 colour, marker, line = STYLES[arm]
                 xs, means, errors = zip(*points)

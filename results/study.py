@@ -37,8 +37,12 @@ LIMITS = {"warmup": (0, 0.9), "momentum": (1, 1000), "target_win_rate": (0, 0.95
 TRIALS = 20
 TUNING_SEED, FINAL_SEEDS, MORE_SEEDS = 1, (2, 3, 4), (5, 6)
 HESSIAN_INTERVAL = 10
-PUBLISHED = {"sophiag": {"momentum": 1 / 0.035, "second": 1000, "rho": 0.05},
-             "lion": {"momentum": 20, "second": 50}}
+# Arms at 1,024 tokens per step that differ from an arm's tuned point, besides the learning rate:
+# published constants, and a second statistic over as many tokens as at 8,192 per step.
+VARIANTS = {"sophiag-published": {"momentum": 1 / 0.035, "second": 1000, "rho": 0.05},
+            "lion-published": {"momentum": 20, "second": 50},
+            "adamw-published": {"momentum": 10, "second": 20},
+            "adamw-tokens": {"second": 80}}
 
 # Words of train.py that turn base.py into another setting, and its number of steps.
 SMALL_BATCH = ["--batch_size=4", "--total_batch_size=8", "--eval_iters=64"]
@@ -157,8 +161,7 @@ class Study:
             for e in exponents:
                 lr = round2(point["learning_rate"] * 2.0**e)
                 loss = self.add(f"{setting}/lr/{arm}/{lr:g}", words(
-                    setting, arm.removesuffix("-published"), {**point, "learning_rate": lr},
-                    TUNING_SEED))
+                    setting, arm.partition("-")[0], {**point, "learning_rate": lr}, TUNING_SEED))
                 losses[e] = lr, loss
             if any(loss is None for _, loss in losses.values()):
                 return None
@@ -172,7 +175,7 @@ class Study:
         below twice its standard error."""
         def loss_of(arm, seed):
             return self.add(f"{setting}/final/{arm}/{seed}",
-                            words(setting, arm.removesuffix("-published"), points[arm], seed))
+                            words(setting, arm.partition("-")[0], points[arm], seed))
 
         losses = {arm: [loss_of(arm, seed) for seed in FINAL_SEEDS] for arm in points}
         for arm in points:
@@ -210,7 +213,7 @@ class Study:
     def lengths(self, points):
         """Other numbers of steps, each with a full schedule of its own."""
         for arm in points:
-            for steps in (200, 280, 340) + (800,) * (arm == "adamw"):
+            for steps in 200, 280, 340, 800:
                 for seed in FINAL_SEEDS:
                     self.add(f"8k/steps={steps}/{arm}/{seed}",
                              words("8k", arm, points[arm], seed, steps))
@@ -225,19 +228,19 @@ def make_plan(rows):
     def points(*arms):
         return {arm: tuned[arm] for arm in arms}
 
-    published = {f"{arm}-published": {**tuned[arm], **PUBLISHED[arm]} for arm in PUBLISHED}
+    variants = {arm: {**tuned[arm.partition("-")[0]], **VARIANTS[arm]} for arm in VARIANTS}
     study.finals("8k", tuned)
-    study.setting("1k", {**tuned, **published})
+    study.setting("1k", tuned | variants)
     for arm in "adamw", "lion", "steered":
         study.learning_rates("quick", arm, tuned[arm])
     study.lengths(points("adamw", "lion", "sophiag", "steered"))
     study.ablations(tuned)
-    study.setting("1k-x4", points("adamw", "lion", "sophiag", "steered") | published)
+    study.setting("1k-x4", points("adamw", "lion", "sophiag", "steered") | variants)
     study.sensitivity(tuned)
     study.setting("3M", points("adamw", "lion", "steered"))
     study.setting("32k", points("adamw", "lion", "steered", "sign"))
     study.setting("1k-x16", points("adamw", "steered") | {
-        "sophiag-published": published["sophiag-published"]})
+        "sophiag-published": variants["sophiag-published"]})
     return study
 
 

@@ -235,7 +235,7 @@ def make_plan(rows):
         study.learning_rates("quick", arm, tuned[arm])
     study.lengths(points("adamw", "lion", "sophiag", "steered"))
     study.ablations(tuned)
-    study.setting("1k-x4", points("adamw", "lion", "sophiag", "steered") | variants)
+    study.setting("1k-x4", tuned | variants)
     study.sensitivity(tuned)
     study.setting("3M", points("adamw", "lion", "steered"))
     study.setting("32k", points("adamw", "lion", "steered", "sign"))

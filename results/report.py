@@ -23,12 +23,11 @@ NAMES = {"adamw": "AdamW", "lion": "Lion", "sophiag": "SophiaG, fixed ρ",
          "sophiag-published": "SophiaG, published constants",
          "lion-published": "Lion, published constants",
          "adamw-published": "AdamW, published constants",
-         "adamw-tokens": "AdamW, β2 for small batches"}
+         "adamw-tokens": "AdamW, β2 scaled to the batch"}
 STYLES = {"adamw": ("#D55E00", "s", "--"), "lion": ("#009E73", "D", "-."),
           "sophiag": ("#0072B2", "o", "-"), "steered": ("#CC79A7", "^", ":"),
           "sign": ("#999999", "v", "--"), "sophiag-published": ("#56B4E9", "P", "-"),
-          "lion-published": ("#E69F00", "X", "-."), "adamw-published": ("#D55E00", "s", ":"),
-          "adamw-tokens": ("#000000", "*", "--")}
+          "lion-published": ("#E69F00", "X", "-."), "adamw-published": ("#D55E00", "s", ":")}
 MISSING = "*Not run yet.*"
 TOKENS = {"1k": 1024, "8k": 8192, "32k": 32768}
 LENGTHS = {"1k": 400, "1k-x4": 1600, "1k-x16": 6400}
@@ -174,7 +173,7 @@ def speedup_table():
         steps = np.exp(np.interp(-own[400], -found, lengths))
         at_equal_time = np.interp(np.log(400 * step_cost(arm)), lengths, found)
         rows.append({"": NAMES[arm],
-                     **{f"{n} steps": f"{own[n]:.4f}" for n in own}, "800 steps": "",
+                     **{f"{n} steps": f"{own[n]:.4f}" if n in own else "" for n in adamw},
                      "speed-up in steps": f"{steps / 400:.2f}x",
                      "time of a step": f"{step_cost(arm):.2f}x",
                      "speed-up in time": f"{steps / 400 / step_cost(arm):.2f}x",
@@ -202,28 +201,30 @@ def panel(figure, rows, columns, index, x_label, ticks):
 
 def gap_figure():
     """Gap to AdamW against tokens per step, and against the number of steps."""
-    panels = [(places, label) for places, label in (
-        (TOKENS, "tokens per step (400 steps)"), (LENGTHS, "steps (1,024 tokens each)"))
-        if any(map(finals, places))]
-    figure = Figure(figsize=(4.5 * len(panels), 3.8), dpi=160, layout="constrained")
+    panels = [(places, label, arms) for places, label, arms in (
+        (TOKENS, "tokens per step (400 steps)", ARMS),
+        (LENGTHS, "steps (1,024 tokens each)", ARMS),
+        (LENGTHS, "steps, with published constants", [a for a in NAMES if "published" in a]))
+        if any(len(finals(place)) > 1 for place in places)]
+    figure = Figure(figsize=(3.6 * len(panels), 3.8), dpi=160, layout="constrained")
     handles = {}
-    for i, (places, label) in enumerate(panels, 1):
+    for i, (places, label, arms) in enumerate(panels, 1):
         ticks = list(places.values())
         ax = panel(figure, 1, len(panels), i, label, ticks)
         ax.set_xlim(ticks[0] / 1.5, ticks[-1] * 1.5)
         ax.axhline(0, color=STYLES["adamw"][0], linestyle="--", linewidth=1)
-        ax.set_ylabel("loss minus AdamW's (nats/byte)")
-        for number, arm in enumerate(NAMES):
-            shift = 1.06 ** (number - 3)   # so that error bars stay apart
+        if i == 1:
+            ax.set_ylabel("loss minus AdamW's (nats/byte)")
+        for number, arm in enumerate(arms):
+            shift = 1.06 ** (number - 2)   # so that error bars stay apart
             points = [(x * shift, *gap(losses(f"{s}/final/{arm}"), losses(f"{s}/final/adamw")))
-                      for s, x in places.items() if arm != "adamw" and arm in finals(s)
-                      and (i == 2 or arm in ARMS)]
+                      for s, x in places.items() if arm != "adamw" and arm in finals(s)]
             if points:
                 colour, marker, line = STYLES[arm]
                 xs, means, errors = zip(*points)
                 handles[NAMES[arm]] = ax.errorbar(xs, means, errors, color=colour, marker=marker,
                                                   linestyle=line, capsize=3, label=NAMES[arm])
-    figure.legend(handles.values(), handles.keys(), ncols=2, loc="outside upper center",
+    figure.legend(handles.values(), handles.keys(), ncols=3, loc="outside upper center",
                   frameon=False)
     return figure
 

@@ -8,6 +8,7 @@ import os
 import re
 import runpy
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -22,6 +23,9 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 os.environ["OMP_NUM_THREADS"] = "1"   # PyTorch here: two workers share two cores
+# nohup and a shell's & ignore these signals; the runs under test would inherit that.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # pytest --hypothesis-profile=thorough tries more cases.
 for profile, cases in ("thorough", 1000), ("normal", 60):
     settings.register_profile(profile, max_examples=cases, deadline=None,

@@ -233,24 +233,29 @@ def changes_of(name):
     return next(changes[name] for changes in SENSITIVITY.values() if name in changes)
 
 
+def sensitivity_lines(name):
+    """{arm: [(value, loss minus the tuned point's)]} of the arms that varied a setting."""
+    lines = {}
+    for arm in SENSITIVITY:
+        prefix = f"8k/sensitivity/{arm}/{name}="
+        found = {float(n.removeprefix(prefix)): PLAN.loss(n) for n in ROWS if n.startswith(prefix)}
+        if found:
+            best = min(PLAN.loss(n) for n in ROWS if n.startswith(f"8k/tune/{arm}/"))
+            found[PLAN.tuning(arm)[name]] = best
+            lines[arm] = sorted((value, loss - best) for value, loss in found.items())
+    return lines
+
+
 def sensitivity_figure():
     """Loss minus the tuned point's against each setting, on seed 1."""
-    names = list(dict.fromkeys(name for changes in SENSITIVITY.values() for name in changes))
-    figure = Figure(figsize=(9, 5.6), dpi=160, layout="constrained")
+    names = dict.fromkeys(name for changes in SENSITIVITY.values() for name in changes)
+    found = {name: lines for name in names if (lines := sensitivity_lines(name))}
+    rows = -(-len(found) // 3)
+    figure = Figure(figsize=(9, 2.8 * rows), dpi=160, layout="constrained")
     handles = {}
-    for i, name in enumerate(names, 1):
-        lines = {}
-        for arm, changes in SENSITIVITY.items():
-            if name not in changes:
-                continue
-            point = PLAN.tuning(arm)
-            best = min(PLAN.loss(n) for n in ROWS if n.startswith(f"8k/tune/{arm}/"))
-            prefix = f"8k/sensitivity/{arm}/{name}="
-            found = {float(n.removeprefix(prefix)): PLAN.loss(n) for n in ROWS
-                     if n.startswith(prefix)}
-            lines[arm] = sorted([*((x, y - best) for x, y in found.items()), (point[name], 0)])
+    for i, (name, lines) in enumerate(found.items(), 1):
         ticks = [1e-4, 1e-3, 1e-2] if name == "learning_rate" else list(changes_of(name))
-        ax = panel(figure, 2, 3, i, SETTING_NAMES[name], ticks)
+        ax = panel(figure, rows, 3, i, SETTING_NAMES[name], ticks)
         for arm, line in lines.items():
             colour, marker, style = STYLES[arm]
             handles[NAMES[arm]], = ax.plot(*zip(*line), color=colour, marker=marker, markersize=4,
@@ -279,9 +284,7 @@ def main():
               "speedup": speedup_table(), "short": short_table()}
     blocks = {name: markdown(rows) if rows else MISSING for name, rows in tables.items()}
     figures = {"gap": (gap_figure, bool(finals("8k"))),
-               "sensitivity": (sensitivity_figure, all(
-                   any(name.startswith(f"8k/sensitivity/{arm}/") for name in ROWS)
-                   for arm in SENSITIVITY))}
+               "sensitivity": (sensitivity_figure, any("8k/sensitivity/" in n for n in ROWS))}
     for name, (draw, ready) in figures.items():
         blocks[name] = f"![{draw.__doc__}]({name}.png)" if ready else MISSING
         if ready:

@@ -150,12 +150,13 @@ class Study:
             factor **= 0.5
         return None
 
-    def learning_rates(self, setting, arm, point):
+    def learning_rates(self, setting, arm, point, reach=2):
         """
-        The point with its best learning rate, or None while a run is missing. Tries five values
-        around the point's own, a factor of 2 apart, and up to eight while the best is at an edge.
+        The point with its best learning rate, or None while a run is missing. Tries values a factor
+        of 2 apart, reach of them on each side of the point's own, and up to eight while the best is
+        at an edge.
         """
-        exponents = [-2, -1, 0, 1, 2]
+        exponents = list(range(-reach, reach + 1))
         while True:
             losses = {}
             for e in exponents:
@@ -188,11 +189,15 @@ class Study:
                     loss_of("adamw", seed)
                     loss_of(arm, seed)
 
-    def setting(self, setting, points):
-        """Tune the learning rate of every arm again, then run the finals."""
-        best = {arm: self.learning_rates(setting, arm, point) for arm, point in points.items()}
-        if None not in best.values():
-            self.finals(setting, best)
+    def setting(self, setting, points, reach=2):
+        """Tune the learning rate of every arm again, then run the finals. Returns the best points,
+        or None while a run is missing."""
+        best = {arm: self.learning_rates(setting, arm, point, reach)
+                for arm, point in points.items()}
+        if None in best.values():
+            return None
+        self.finals(setting, best)
+        return best
 
     def sensitivity(self, points):
         for arm, changes in SENSITIVITY.items():
@@ -235,12 +240,13 @@ def make_plan(rows):
         study.learning_rates("quick", arm, tuned[arm])
     study.lengths(points("adamw", "lion", "sophiag", "steered"))
     study.ablations(tuned)
-    study.setting("1k-x4", tuned | variants)
+    best = study.setting("1k-x4", tuned | variants)
     study.sensitivity(tuned)
     study.setting("3M", points("adamw", "lion", "steered"))
     study.setting("32k", points("adamw", "lion", "steered", "sign"))
-    study.setting("1k-x16", points("adamw", "steered") | {
-        "sophiag-published": variants["sophiag-published"]})
+    if best:
+        study.setting("1k-x16", {"adamw": best["adamw-tokens"], **{
+            arm: best[arm] for arm in ("lion", "steered", "sophiag-published")}}, reach=1)
     return study
 
 

@@ -235,18 +235,19 @@ def make_plan(rows):
 
     variants = {arm: {**tuned[arm.partition("-")[0]], **VARIANTS[arm]} for arm in VARIANTS}
     study.finals("8k", tuned)
-    study.setting("1k", tuned | variants)
+    small_batch = study.setting("1k", tuned | variants)
     for arm in "adamw", "lion", "steered":
         study.learning_rates("quick", arm, tuned[arm])
     study.lengths(points("adamw", "lion", "sophiag", "steered"))
     study.ablations(tuned)
-    best = study.setting("1k-x4", tuned | variants)
+    longer = study.setting("1k-x4", tuned | variants)
     study.sensitivity(tuned)
-    study.setting("3M", points("adamw", "lion", "steered"))
-    study.setting("32k", points("adamw", "lion", "steered", "sign"))
-    if best:
-        study.setting("1k-x16", {"adamw": best["adamw-tokens"], **{
-            arm: best[arm] for arm in ("lion", "steered", "sophiag-published")}}, reach=1)
+    if small_batch:
+        study.setting("3M", {arm: small_batch[arm] for arm in ("adamw", "lion", "steered")}, reach=1)
+    if longer:
+        study.setting("1k-x16", {"adamw": longer["adamw-tokens"], **{
+            arm: longer[arm] for arm in ("lion", "steered", "sophiag-published")}}, reach=1)
+    study.setting("32k", points("adamw", "lion", "steered", "sign"), reach=1)
     return study
 
 

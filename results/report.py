@@ -260,7 +260,7 @@ def sensitivity_figure():
             colour, marker, style = STYLES[arm]
             handles[NAMES[arm]], = ax.plot(*zip(*line), color=colour, marker=marker, markersize=4,
                                            linestyle=style)
-        ax.set_ylim(-0.05, 0.6)
+        ax.set_ylim(-0.06, 1.35)
         if i % 3 == 1:
             ax.set_ylabel("loss minus the tuned loss")
     figure.legend(handles.values(), handles.keys(), ncols=4, loc="outside upper center",

@@ -243,7 +243,8 @@ def make_plan(rows):
     longer = study.setting("1k-x4", tuned | variants)
     study.sensitivity(tuned)
     if small_batch:
-        study.setting("3M", {arm: small_batch[arm] for arm in ("adamw", "lion", "steered")}, reach=1)
+        study.setting("3M", {
+            arm: small_batch[arm] for arm in ("adamw", "lion", "steered")}, reach=1)
     if longer:
         study.setting("1k-x16", {"adamw": longer["adamw-tokens"], **{
             arm: longer[arm] for arm in ("lion", "steered", "sophiag-published")}}, reach=1)

@@ -190,14 +190,14 @@ class Study:
                     loss_of(arm, seed)
 
     def setting(self, setting, points, reach=2):
-        """Tune the learning rate of every arm again, then run the finals. Returns the best points,
-        or None while a run is missing."""
-        best = {arm: self.learning_rates(setting, arm, point, reach)
-                for arm, point in points.items()}
-        if None in best.values():
-            return None
-        self.finals(setting, best)
-        return best
+        """Tune the learning rate of every arm again, then run the finals of each arm whose own and
+        AdamW's are known. Returns the best points, or None while a run is missing."""
+        found = {arm: self.learning_rates(setting, arm, point, reach)
+                 for arm, point in points.items()}
+        best = {arm: point for arm, point in found.items() if point}
+        if "adamw" in best:
+            self.finals(setting, best)
+        return best if len(best) == len(points) else None
 
     def sensitivity(self, points):
         for arm, changes in SENSITIVITY.items():
@@ -247,7 +247,7 @@ def make_plan(rows):
             arm: small_batch[arm] for arm in ("adamw", "lion", "steered")}, reach=1)
     if longer:
         study.setting("1k-x16", {"adamw": longer["adamw-tokens"], **{
-            arm: longer[arm] for arm in ("lion", "steered", "sophiag-published")}}, reach=1)
+            arm: longer[arm] for arm in ("steered", "sophiag-published", "lion")}}, reach=1)
     study.setting("32k", points("adamw", "lion", "steered", "sign"), reach=1)
     return study
 
@@ -329,8 +329,9 @@ def main(argv):
                 print(f"{name}: OMP_NUM_THREADS=1 python {script}{' '.join(words)}")
             return
         waiting = [name for name in plan if name not in rows and name not in running]
-        # A trial waits for the arm's one before, so all arms advance together.
-        waiting.sort(key=lambda name: name[-2:] if "/tune/" in name else "all trials")
+        # A trial waits for the arm's one before, so all arms advance together. Finals go first.
+        waiting.sort(key=lambda name: ("/final/" not in name,
+                                       name[-2:] if "/tune/" in name else "all trials"))
         while waiting and len(running) < JOBS:
             name = waiting.pop(0)
             running[name] = start(name, plan[name]), plan[name]

@@ -277,8 +277,16 @@ def machine():
 
 
 def start(name, words):
+    """Start or resume a run. If its folder holds the run of an earlier plan, delete that first."""
     folder = os.path.join(ROOT, "out", "study", name)
+    planned = os.path.join(folder, "words.txt")
+    if os.path.exists(planned):
+        with open(planned, encoding="utf-8") as file:
+            if file.read() != " ".join(words):
+                shutil.rmtree(folder)
     os.makedirs(folder, exist_ok=True)
+    with open(planned, "w", encoding="utf-8") as file:
+        file.write(" ".join(words))
     script = [] if words[0] == "results/shared_noise.py" else ["train.py"]
     with open(os.path.join(folder, "output.txt"), "ab") as output:
         return subprocess.Popen(

@@ -103,3 +103,15 @@ def test_memories_in_steps_become_betas():
     for arm, interval, beta2 in ("adamw", 10, 0.995), ("steered", 10, 0.95), ("steered", 50, 0.75):
         cfg = config(study.words("8k", arm, point, 1, interval=interval))
         assert (cfg.beta1, cfg.beta2, cfg.warmup_iters) == (0.9, beta2, 40)
+
+
+def test_a_run_of_an_earlier_plan_is_not_resumed(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+    monkeypatch.setattr(study.subprocess, "Popen", lambda *args, **kwargs: None)
+    checkpoint = tmp_path / "out/study/8k/final/lion/2/ckpt.pt"
+    study.start("8k/final/lion/2", ["--beta2=0.9", "--seed=2"])
+    checkpoint.touch()
+    study.start("8k/final/lion/2", ["--beta2=0.9", "--seed=2"])
+    assert checkpoint.exists()
+    study.start("8k/final/lion/2", ["--beta2=0.95", "--seed=2"])
+    assert not checkpoint.exists()

@@ -1,5 +1,5 @@
 # The study's base setting: 0.33M parameters without embeddings, on the source of Python's standard
-# library, byte by byte. study.py gives the optimizer, its settings and the seed.
+# library, byte by byte. rules.py gives the optimizer, its settings and the seed.
 dataset = "pystdlib"
 n_layer = 3
 n_head = 3

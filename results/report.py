@@ -15,7 +15,7 @@ import numpy as np
 import study
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
-from study import ABLATIONS, ARMS, FINAL_SEEDS, MORE_SEEDS, SENSITIVITY
+from rules import ABLATIONS, ARMS, FINAL_SEEDS, MORE_SEEDS, SENSITIVITY, Study
 
 RESULTS = os.path.dirname(os.path.abspath(__file__))
 NAMES = {"adamw": "AdamW", "lion": "Lion", "sophiag": "SophiaG, fixed ρ",
@@ -44,7 +44,7 @@ SETTING_NAMES = {"learning_rate": "learning rate", "momentum": "1 / (1 - β1), s
                  "target_win_rate": "target win_rate", "warmup": "warmup, share of steps"}
 
 ROWS = {row["name"]: row for row in study.read(study.RUNS)}
-PLAN = study.Study(ROWS)
+PLAN = Study(ROWS)
 
 
 def losses(prefix):

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, TINY, flags, records, run
 
 sys.path.append(str(ROOT / "results"))
-import study  # noqa: E402
+import rules  # noqa: E402
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_tables_are_those_of_the_csv(copy):
 def whole_study():
     """Rows for every run that the rules plan. The loss depends on the learning rate, the seed and,
     for SophiaG, is 0.02 lower."""
-    rows, plan = {}, study.make_plan({}).plan
+    rows, plan = {}, rules.make_plan({}).plan
     while plan.keys() - rows.keys():
         for name in plan.keys() - rows.keys():
             words = " ".join(plan[name])
@@ -49,7 +49,7 @@ def whole_study():
             loss -= 0.02 * ("sophiag" in words)
             rows[name] = {"name": name, "final_val_loss": loss, "win_rate": 0.3, "seconds": 36,
                           "words": words}
-        plan = study.make_plan(rows).plan
+        plan = rules.make_plan(rows).plan
     return rows
 
 

@@ -1,4 +1,4 @@
-"""results/study.py: the plan follows the rules of results/RULES.md, whatever the runs give."""
+"""results/rules.py plans what RULES.md says, whatever the runs give; study.py runs the plan."""
 import math
 import sys
 from collections import defaultdict
@@ -9,6 +9,7 @@ from conftest import ROOT
 from configurator import load_config
 
 sys.path.append(str(ROOT / "results"))
+import rules  # noqa: E402
 import study  # noqa: E402
 
 
@@ -28,7 +29,7 @@ def steps():
     """[(what is planned, what has been run)] as the study goes on, with that loss for each run."""
     rows, steps = {}, []
     while True:
-        plan = study.make_plan(rows).plan
+        plan = rules.make_plan(rows).plan
         steps.append((plan, set(rows)))
         new = [name for name in plan if name not in rows]
         if not new:
@@ -44,7 +45,7 @@ def names(plan, *parts):
 
 def test_every_arm_has_as_many_trials_on_a_seed_that_is_no_finals(steps):
     plan = steps[-1][0]
-    for arm in study.ARMS:
+    for arm in rules.ARMS:
         trials = names(plan, "8k", "tune", arm)
         assert len(trials) == 20
         assert {plan[name][-1] for name in trials} == {"--seed=1"}
@@ -54,7 +55,7 @@ def test_every_arm_has_as_many_trials_on_a_seed_that_is_no_finals(steps):
 def test_no_final_is_planned_before_all_trials_are_run(steps):
     for plan, done in steps:
         if any("/final/" in name for name in plan):
-            assert len([name for name in done if "/tune/" in name]) == 20 * len(study.ARMS)
+            assert len([name for name in done if "/tune/" in name]) == 20 * len(rules.ARMS)
 
 
 def test_a_run_that_is_done_stays_as_it_was_planned(steps):
@@ -81,7 +82,7 @@ def test_a_close_gap_to_adamw_gets_two_more_seeds():
     losses = {"adamw": (1.30, 1.31, 1.32), "lion": (1.31, 1.29, 1.33), "sign": (1.40, 1.41, 1.42)}
     rows = {f"8k/final/{arm}/{seed}": {"final_val_loss": str(loss)}
             for arm, found in losses.items() for seed, loss in zip((2, 3, 4), found)}
-    plan = study.Study(rows)
+    plan = rules.Study(rows)
     plan.finals("8k", {arm: {"learning_rate": 1e-3, "momentum": 10, "warmup": 0.1}
                        for arm in losses})
     assert set(plan.plan) - set(rows) == {f"8k/final/{arm}/{seed}"
@@ -92,7 +93,7 @@ def test_a_diverged_final_stays_in_the_plan_without_more_seeds():
     rows = {f"8k/final/{arm}/{seed}": {"final_val_loss": "1.3"}
             for arm in ("adamw", "lion") for seed in (2, 3, 4)}
     rows["8k/final/lion/2"] = {"final_val_loss": ""}
-    plan = study.Study(rows)
+    plan = rules.Study(rows)
     plan.finals("8k", {arm: {"learning_rate": 1e-3, "momentum": 10, "warmup": 0.1}
                        for arm in ("adamw", "lion")})
     assert plan.plan.keys() == rows.keys()
@@ -101,7 +102,7 @@ def test_a_diverged_final_stays_in_the_plan_without_more_seeds():
 def test_memories_in_steps_become_betas():
     point = {"learning_rate": 1e-3, "momentum": 10, "second": 200, "warmup": 0.1}
     for arm, interval, beta2 in ("adamw", 10, 0.995), ("steered", 10, 0.95), ("steered", 50, 0.75):
-        cfg = config(study.words("8k", arm, point, 1, interval=interval))
+        cfg = config(rules.words("8k", arm, point, 1, interval=interval))
         assert (cfg.beta1, cfg.beta2, cfg.warmup_iters) == (0.9, beta2, 40)
 
 

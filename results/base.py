@@ -11,4 +11,5 @@ max_iters = 400         # 3.3M tokens, 10 a parameter
 eval_interval = 100
 eval_iters = 8          # 512 windows, 65,536 tokens
 log_interval = 50
+dtype = "float32"       # on a GPU too
 compile = False         # no faster compiled at this size

@@ -185,8 +185,9 @@ def speedup_table():
 
 
 def cost():
-    hours = sum(float(row["seconds"]) for row in ROWS.values()) / 3600
-    return f"{len(ROWS)} runs, {hours:.1f} hours of training steps on one core each."
+    on_cpu = [float(row["seconds"]) for row in ROWS.values() if "NVIDIA" not in row["machine"]]
+    return (f"{len(ROWS)} runs. {len(on_cpu)} of them took {sum(on_cpu) / 3600:.1f} hours of "
+            f"training steps on one core each; the others ran on a GPU.")
 
 
 def panel(figure, rows, columns, index, x_label, ticks):

@@ -34,7 +34,9 @@ SETTINGS = {
     "1k-x4": (["results/base.py", *SMALL_BATCH], 1600),
     "1k-x16": (["results/base.py", *SMALL_BATCH], 6400),
     "3M": (["results/base.py", *SMALL_BATCH, "--n_layer=4", "--n_head=4", "--n_embd=256"], 800),
-    "32k": (["results/base.py", "--total_batch_size=256", "--eval_iters=2"], 400),
+    "32k": (["results/base.py", "--batch_size=256", "--total_batch_size=256", "--eval_iters=2",
+             "--deterministic=True"], 400),
+    "8k-gpu": (["results/base.py", "--batch_size=64", "--deterministic=True"], 400),
     "quick": (["config/quickstart_sophiag.py"], 1200),   # all three differ only in the optimizer
 }
 # Values around the tuned point, each on the tuning seed.
@@ -132,13 +134,12 @@ class Study:
             factor **= 0.5
         return None
 
-    def learning_rates(self, setting, arm, point, reach=2):
+    def learning_rates(self, setting, arm, point):
         """
-        The point with its best learning rate, or None while a run is missing. Tries values a factor
-        of 2 apart, reach of them on each side of the point's own, and up to eight while the best is
-        at an edge.
+        The point with its best learning rate, or None while a run is missing. Tries five values a
+        factor of 2 apart around the point's own, and up to eight while the best is at an edge.
         """
-        exponents = list(range(-reach, reach + 1))
+        exponents = [-2, -1, 0, 1, 2]
         while True:
             losses = {}
             for e in exponents:
@@ -171,11 +172,10 @@ class Study:
                     loss_of("adamw", seed)
                     loss_of(arm, seed)
 
-    def setting(self, setting, points, reach=2):
+    def setting(self, setting, points):
         """Tune the learning rate of every arm again, then run the finals of each arm whose own and
         AdamW's are known. Returns the best points, or None while a run is missing."""
-        found = {arm: self.learning_rates(setting, arm, point, reach)
-                 for arm, point in points.items()}
+        found = {arm: self.learning_rates(setting, arm, point) for arm, point in points.items()}
         best = {arm: point for arm, point in found.items() if point}
         if "adamw" in best:
             self.finals(setting, best)
@@ -226,9 +226,10 @@ def make_plan(rows):
     study.sensitivity(tuned)
     if small_batch:
         study.setting("3M", {
-            arm: small_batch[arm] for arm in ("adamw", "lion", "steered")}, reach=1)
+            arm: small_batch[arm] for arm in ("adamw", "lion", "steered")})
     if longer:
         study.setting("1k-x16", {"adamw": longer["adamw-tokens"], **{
-            arm: longer[arm] for arm in ("steered", "sophiag-published", "lion")}}, reach=1)
-    study.setting("32k", points("adamw", "lion", "steered", "sign"), reach=1)
+            arm: longer[arm] for arm in ("steered", "sophiag-published", "lion")}})
+    study.setting("32k", tuned)
+    study.finals("8k-gpu", points("adamw", "steered"))
     return study

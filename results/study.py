@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 
+import torch
 from rules import make_plan
 
 RESULTS = os.path.dirname(os.path.abspath(__file__))
@@ -42,7 +43,9 @@ def append(path, rows):
 
 
 def machine():
-    """The processor's model, which determines the last digits of a loss."""
+    """The GPU's or the processor's model, which determines the last digits of a loss."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
     with open("/proc/cpuinfo", encoding="utf-8") as file:
         found = dict(line.split(":", 1) for line in file.read().split("\n\n")[0].splitlines())
     found = {name.strip(): value.strip() for name, value in found.items()}

@@ -48,6 +48,7 @@ def whole_study():
             loss = 1.3 + 0.01 * math.log(lr / 2e-3) ** 2 + 0.003 * seed
             loss -= 0.02 * ("sophiag" in words)
             rows[name] = {"name": name, "final_val_loss": loss, "win_rate": 0.3, "seconds": 36,
+                          "machine": "NVIDIA" if name.startswith("32k") else "AMD",
                           "words": words}
         plan = rules.make_plan(rows).plan
     return rows
@@ -68,7 +69,8 @@ def test_every_table_and_figure_of_a_whole_study(copy):
     assert "Not run yet" not in text
     steered = re.search(r"8,192 tokens.*?adapted ρ \| \S+ \| (\S+) ± \S+ \| (\S+) ±", text, re.S)
     assert float(steered[2].strip("*")) == pytest.approx(-0.02, abs=2e-3)
-    assert f"{len(rows)} runs, {len(rows) / 100:.1f} hours" in text
+    on_cpu = sum(row["machine"] == "AMD" for row in rows)
+    assert f"{len(rows)} runs. {on_cpu} of them took {on_cpu / 100:.1f} hours" in text
 
 
 @pytest.mark.slow

@@ -63,8 +63,9 @@ def compiled(rule, rows):
 
     # Fusing rows into one loop was slower than one loop per row.
     options = {"cpp.max_horizontal_fusion_size": 1} if rows > 1 else None
-    return torch.compile(rule_for_rows, dynamic=True, fullgraph=True, isolate_recompiles=True,
-                         options=options)
+    # A code object of its own, hence its own recompile limit.
+    rule_for_rows.__code__ = rule_for_rows.__code__.replace()
+    return torch.compile(rule_for_rows, dynamic=True, fullgraph=True, options=options)
 
 
 def local_shard(t):

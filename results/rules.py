@@ -17,7 +17,7 @@ START = {
     "sign": {"learning_rate": 1.6e-3, "momentum": 10, "warmup": 0.25}}
 LIMITS = {"warmup": (0, 0.9), "momentum": (1, 1000), "target_win_rate": (0, 0.95)}
 TRIALS = 20
-TUNING_SEED, FINAL_SEEDS, MORE_SEEDS = 1, (2, 3, 4), (5, 6)
+TUNING_SEED, FINAL_SEEDS, MORE_SEEDS, RETUNING_SEEDS = 1, (2, 3, 4), (5, 6), (7, 8, 9)
 HESSIAN_INTERVAL = 10
 # Arms at 1,024 tokens per step that differ from an arm's tuned point, besides the learning rate:
 # published constants, and a second statistic over as many tokens as at 8,192 per step.
@@ -28,14 +28,16 @@ VARIANTS = {"sophiag-published": {"momentum": 1 / 0.035, "second": 1000, "rho": 
 
 # Words of train.py that turn base.py into another setting, and its number of steps.
 SMALL_BATCH = ["--batch_size=4", "--total_batch_size=8", "--eval_iters=64"]
+LARGE_BATCH = ["--batch_size=256", "--total_batch_size=256", "--eval_iters=2",
+               "--deterministic=True"]
 SETTINGS = {
     "8k": (["results/base.py"], 400),
     "1k": (["results/base.py", *SMALL_BATCH], 400),
     "1k-x4": (["results/base.py", *SMALL_BATCH], 1600),
     "1k-x16": (["results/base.py", *SMALL_BATCH], 6400),
     "3M": (["results/base.py", *SMALL_BATCH, "--n_layer=4", "--n_head=4", "--n_embd=256"], 800),
-    "32k": (["results/base.py", "--batch_size=256", "--total_batch_size=256", "--eval_iters=2",
-             "--deterministic=True"], 400),
+    "32k": (["results/base.py", *LARGE_BATCH], 400),
+    "32k-seeds": (["results/base.py", *LARGE_BATCH], 400),   # learning rates of three seeds
     "8k-gpu": (["results/base.py", "--batch_size=64", "--deterministic=True"], 400),
     "quick": (["config/quickstart_sophiag.py"], 1200),   # all three differ only in the optimizer
 }
@@ -134,19 +136,22 @@ class Study:
             factor **= 0.5
         return None
 
-    def learning_rates(self, setting, arm, point):
+    def learning_rates(self, setting, arm, point, seeds=(TUNING_SEED,)):
         """
-        The point with its best learning rate, or None while a run is missing. Tries five values a
-        factor of 2 apart around the point's own, and up to eight while the best is at an edge.
+        The point with its best learning rate by the mean loss over seeds, or None while a run is
+        missing. Tries five values a factor of 2 apart around the point's own, and up to eight while
+        the best is at an edge.
         """
         exponents = [-2, -1, 0, 1, 2]
         while True:
             losses = {}
             for e in exponents:
                 lr = round2(point["learning_rate"] * 2.0**e)
-                loss = self.add(f"{setting}/lr/{arm}/{lr:g}", words(
-                    setting, arm.partition("-")[0], {**point, "learning_rate": lr}, TUNING_SEED))
-                losses[e] = lr, loss
+                found = [self.add(
+                    f"{setting}/lr/{arm}/{lr:g}" + f"/{seed}" * (len(seeds) > 1), words(
+                        setting, arm.partition("-")[0], {**point, "learning_rate": lr}, seed))
+                    for seed in seeds]
+                losses[e] = lr, None if None in found else statistics.mean(found)
             if any(loss is None for _, loss in losses.values()):
                 return None
             best = min(losses, key=lambda e: losses[e][1])
@@ -172,10 +177,11 @@ class Study:
                     loss_of("adamw", seed)
                     loss_of(arm, seed)
 
-    def setting(self, setting, points):
+    def setting(self, setting, points, seeds=(TUNING_SEED,)):
         """Tune the learning rate of every arm again, then run the finals of each arm whose own and
         AdamW's are known. Returns the best points, or None while a run is missing."""
-        found = {arm: self.learning_rates(setting, arm, point) for arm, point in points.items()}
+        found = {arm: self.learning_rates(setting, arm, point, seeds)
+                 for arm, point in points.items()}
         best = {arm: point for arm, point in found.items() if point}
         if "adamw" in best:
             self.finals(setting, best)
@@ -231,5 +237,6 @@ def make_plan(rows):
         study.setting("1k-x16", {"adamw": longer["adamw-tokens"], **{
             arm: longer[arm] for arm in ("steered", "sophiag-published", "lion")}})
     study.setting("32k", tuned)
+    study.setting("32k-seeds", tuned, RETUNING_SEEDS)
     study.finals("8k-gpu", points("adamw", "steered"))
     return study

@@ -237,6 +237,6 @@ def make_plan(rows):
         study.setting("1k-x16", {"adamw": longer["adamw-tokens"], **{
             arm: longer[arm] for arm in ("steered", "sophiag-published", "lion")}})
     study.setting("32k", tuned)
-    study.setting("32k-seeds", tuned, RETUNING_SEEDS)
+    study.setting("32k-seeds", points("adamw", "lion", "sophiag", "steered"), RETUNING_SEEDS)
     study.finals("8k-gpu", points("adamw", "steered"))
     return study

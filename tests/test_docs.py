@@ -19,7 +19,7 @@ from configurator import load_config
 from plot import COLOURS
 from sophia import SophiaG
 
-PAGES = ("sophia.md", "faq.md", "reliability.md", "data.md", "trainers.md")
+PAGES = ("sophia.md", "faq.md", "reliability.md", "data.md", "trainers.md", "gpu.md")
 COMMANDS = [c for page in PAGES for c in code_blocks(ROOT / "docs" / page)[0]]
 SNIPPETS = code_blocks(ROOT / "docs/faq.md")[1]
 HOOK, FSDP2 = code_blocks(ROOT / "docs/trainers.md")[1]

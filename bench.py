@@ -7,7 +7,7 @@ Benchmark the parts of a training run, each against a reference measured at the 
   step       the parts of a training step, against plain PyTorch and AdamW
   head       loss and gradients of the output head, against PyTorch's functions
   memory     peak memory, against plain PyTorch and the estimate that train.py prints
-Times are medians. Settings are those of train.py. Without the data set, tokens are random.
+Times are medians. Settings are those of train.py. Tokens are random.
 """
 import json
 import statistics
@@ -16,24 +16,22 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate, count
+from itertools import accumulate
 from multiprocessing import get_context
 
 import torch
 import torch.nn.functional as F
 
-import ddp
 import train
 from configurator import load_config
-from dataloader import DataLoader
+from dataloader import load_meta
 from device import memory_estimate, peak_flops, pick_device, resolve_compile, resolve_dtype
 from init_from import build_model
-from model import GPTConfig
 from optim import hessian_due, make_optimizer
 from script import ArgumentParser, UserError, run_script, write_atomically
 from sophia import sophiag
 
-PLAIN, OURS, DATA = "plain forward and backward", "forward and backward", "data, a whole step's"
+PLAIN, OURS = "plain forward and backward", "forward and backward"
 HESSIAN, HESSIAN_UPDATE = "hessian: forward and backward", "hessian: update"
 
 
@@ -59,8 +57,7 @@ class Setup:
         return optimizer
 
     def seconds(self, function):
-        """Of a call; on CUDA those of the GPU, which is kept busy until all is launched, as in
-        training."""
+        """Of a call; on CUDA the GPU's, which is busy until all is launched, as in training."""
         if self.device.type != "cuda":
             start = time.perf_counter()
             function()
@@ -147,14 +144,12 @@ def bench_optimizer(setup):
         yield name, s * 1e3, "ms", f"{s / seconds['copy, 6 passes']:.2f} x copy"
 
 
-def bench_step(setup, data):
+def bench_step(setup):
     """The parts for one micro-batch, and the whole step that they add up to."""
     cfg, (model, parts) = setup.cfg, training_parts(setup)
     side = 8192 if setup.device.type == "cuda" else 2048   # what the device is fastest at
     square = torch.randn(side, side, device=setup.device, dtype=setup.dtype)
     parts["matmul"] = lambda: square @ square
-    if data is not None:
-        parts[DATA] = partial(next, map(data.train, count()))
     seconds = setup.median_seconds(parts)
     micro_batch_flops = model.flops_per_token() * cfg.batch_size * cfg.block_size
     rate, matmul_rate = micro_batch_flops / seconds[OURS], 2 * len(square)**3 / seconds["matmul"]
@@ -163,7 +158,7 @@ def bench_step(setup, data):
     for name, s in seconds.items():
         yield name, s * 1e3, "ms", notes.get(name, "")
     micro_batches = cfg.total_batch_size / cfg.batch_size
-    gradient = micro_batches * seconds[OURS] + seconds["clip"] + seconds.get(DATA, 0)
+    gradient = micro_batches * seconds[OURS] + seconds["clip"]
     step, adamw_step = gradient + seconds[cfg.optimizer], gradient + seconds["adamw"]
     if HESSIAN in parts:
         step += (cfg.hessian_batch_size / cfg.batch_size * seconds[HESSIAN] + seconds["clip"]
@@ -239,14 +234,9 @@ def main(argv):
     if args.repeat < 1:
         raise UserError(f"repeat must be at least 1, got {args.repeat}")
     cfg = load_config(words)
-    setup, data = Setup(cfg, GPTConfig.vocab_size, args.repeat), None
-    try:
-        data = DataLoader(cfg, ddp.World(0, 1, setup.device))
-        setup.vocab_size = data.meta["vocab_size"]
-    except UserError as error:
-        print(f"random tokens: {error}")
+    setup = Setup(cfg, load_meta(cfg.data_dir)["vocab_size"], args.repeat)
     sections = {"optimizer": bench_optimizer(setup), "head": bench_head(setup),   # generators
-                "step": bench_step(setup, data), "memory": bench_memory(setup)}
+                "step": bench_step(setup), "memory": bench_memory(setup)}
     chosen = args.only.split(",")
     if unknown := set(chosen) - set(sections):
         raise UserError(f"unknown section {unknown.pop()}; choose from {', '.join(sections)}")

@@ -116,9 +116,6 @@ class Metrics:
         if self.cfg.grad_clip:
             self.clipped += grad_norm > self.cfg.grad_clip
 
-    def count_hessian_update(self, skipped):
-        self.skipped += skipped
-
     def check_skipped(self):
         """Raise UserError on all ranks after MAX_SKIPPED skips in a row. Waits for the device."""
         step = ddp.all_reduce_max(int(self.stuck_at))

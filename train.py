@@ -178,7 +178,7 @@ def build(cfg, world, data, start):
     model = raw_model
     if world.size > 1:
         model = DDP(raw_model, device_ids=[world.device] if world.device.type == "cuda" else None,
-                    gradient_as_bucket_view=True, forward_sync_buffers=False)
+                    gradient_as_bucket_view=True)
     print_summary(cfg, world, data, raw_model, dtype, compiled, why_not)
     return raw_model, model, optimizer, autocast, scaler
 
@@ -257,7 +257,7 @@ def train(cfg, world):
                 optimizer.found_inf = not_finite(norm)
                 optimizer.update_hessian(square=cfg.squares_gradient)
                 scaler.update()
-                metrics.count_hessian_update(skipped=optimizer.found_inf)
+                metrics.skipped += optimizer.found_inf
 
             if step % cfg.log_interval == 0:
                 metrics.log_step(step, loss, lr, grad_norm, statistics(optimizer))

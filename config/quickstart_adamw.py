@@ -1,5 +1,4 @@
-# A 0.9M-parameter GPT on the source code of Python's standard library, byte by byte: minutes on a
-# laptop's CPU. Data, batches, steps and evaluation are the same in every quickstart_*.py.
+# The quickstart with AdamW: only the optimizer differs from quickstart_sophiag.py.
 out_dir = "out/quickstart-adamw"
 dataset = "pystdlib"
 n_layer = 4

@@ -89,6 +89,10 @@ def format_duration(seconds):
     return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
 
 
+def format_setting(value):
+    return str(float(f"{value:.10g}") if isinstance(value, float) else value)   # 0.011 / 10: 0.0011
+
+
 def format_table(rows):
     """Aligned text of rows: dicts of str with the same keys, which become the header."""
     lines = [list(row) for row in rows[:1]] + [list(row.values()) for row in rows]
@@ -168,7 +172,7 @@ def main(argv):
     keys = [k for k in FIELDS if k != "out_dir" and not k.startswith("wandb")]
     blocks = [
         format_table([summarize_run(run, base) for run in runs]),
-        format_table([{"setting": k, **{run.name: str(run.config.get(k, "-")) for run in runs}}
+        format_table([{"setting": k, **{r.name: format_setting(r.config.get(k, "-")) for r in runs}}
                       for k in differing_settings(runs, keys)]),
         "\n".join(dict.fromkeys(f"warning: {w}" for ws in warnings.values() for w in ws)),
         format_table([compare_to_baseline(run, base, not warnings[run.name]) for run in others])]

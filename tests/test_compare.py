@@ -156,6 +156,12 @@ def test_optimizer_settings_may_differ_in_a_fair_comparison(tmp_path, adamw, key
     assert (key in parse_tables(output)) == (key != "init_from")
 
 
+def test_rounding_is_not_shown(tmp_path, adamw):
+    assert 0.011 / 10 != 0.0011
+    rows = parse_tables(compare(adamw, write_run(tmp_path / "other", min_lr=0.011 / 10)))
+    assert rows["min_lr"]["other"] == "0.0011"
+
+
 @pytest.mark.parametrize("which", ["adamw", "sophiag"])
 def test_an_unfinished_run_gets_no_speed_up(tmp_path, which):
     losses = dict(adamw=ADAMW, sophiag=SOPHIAG)

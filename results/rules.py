@@ -235,7 +235,8 @@ def make_plan(rows):
             arm: small_batch[arm] for arm in ("adamw", "lion", "steered")})
     if longer:
         study.setting("1k-x16", {"adamw": longer["adamw-tokens"], **{arm: longer[arm] for arm in (
-            "lion", "steered", "sophiag-published", "lion-published", "adamw-published")}})
+            "lion", "steered", "sophiag-published", "lion-published")}})
+        study.learning_rates("1k-x16", "adamw-published", longer["adamw-published"])
     study.setting("32k", tuned)
     study.setting("32k-seeds", points("adamw", "lion", "sophiag", "steered"), RETUNING_SEEDS)
     study.finals("8k-gpu", points("adamw", "steered"))

@@ -147,7 +147,7 @@ def bench_optimizer(setup):
 def bench_step(setup):
     """The parts for one micro-batch, and the whole step that they add up to."""
     cfg, (model, parts) = setup.cfg, training_parts(setup)
-    side = 8192 if setup.device.type == "cuda" else 2048   # what the device is fastest at
+    side = 8192 if setup.device.type == "cuda" else 2048   # large enough for full speed
     square = torch.randn(side, side, device=setup.device, dtype=setup.dtype)
     parts["matmul"] = lambda: square @ square
     seconds = setup.median_seconds(parts)

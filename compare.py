@@ -90,7 +90,8 @@ def format_duration(seconds):
 
 
 def format_setting(value):
-    return str(float(f"{value:.10g}") if isinstance(value, float) else value)   # 0.011 / 10: 0.0011
+    """Text; 0.011 / 10 becomes 0.0011."""
+    return str(float(f"{value:.10g}") if isinstance(value, float) else value)
 
 
 def format_table(rows):

@@ -5,8 +5,7 @@ Run the study: rules.py says which runs come next, study.csv holds their results
     python results/study.py 8k/final    # only runs whose names begin with 8k/final
     python results/study.py --commands  # print the commands of all runs planned so far
 
-A row of study.csv holds the words of the command that made it. A run with the words of another one
-is not repeated.
+A row of study.csv holds the words of the command that made it.
 """
 import csv
 import json
@@ -114,11 +113,6 @@ def main(argv):
                 print(f"{name}: OMP_NUM_THREADS=1 python {script}{' '.join(words)}")
             return
         waiting = [name for name in plan if name not in rows and name not in running]
-        done = {row["words"]: row for row in rows.values()}
-        if copies := [done[found] | {"name": name} for name in waiting
-                      if (found := " ".join(plan[name])) in done]:
-            append(RUNS, copies)   # the same words give the same digits
-            continue
         # A trial waits for the arm's one before, so all arms advance together. Finals go first.
         waiting.sort(key=lambda name: ("/final/" not in name,
                                        name[-2:] if "/tune/" in name else "all trials"))

@@ -133,12 +133,13 @@ def bench_optimizer(setup):
         for *row, _ in rows:
             sophiag(*row, lr=6e-4, beta1=0.965, rho_b=0.05 * 491_520, decay=1 - 6e-4 * 0.2)
 
-    sophia, lion, adamw = (setup.optimizer(model, name) for name in ("sophiag", "lion", "adamw"))
+    sophia, lion, muon, adamw = (setup.optimizer(model, name)
+                                 for name in ("sophiag", "lion", "muon", "adamw"))
     kind = "fused" if setup.compiled else "eager"
     seconds = setup.median_seconds({
         "copy, 6 passes": copy, f"sophiag {kind}": sophia.step, f"lion {kind}": lion.step,
-        "adamw fused": adamw.step, "sophiag update_hessian": sophia.update_hessian,
-        "sophiag statistics": sophia.statistics})
+        f"muon {kind}": muon.step, "adamw fused": adamw.step,
+        "sophiag update_hessian": sophia.update_hessian, "sophiag statistics": sophia.statistics})
     seconds |= setup.median_seconds({"plain formula": plain_update})   # apart: it allocates
     for name, s in seconds.items():
         yield name, s * 1e3, "ms", f"{s / seconds['copy, 6 passes']:.2f} x copy"

@@ -20,11 +20,12 @@ from script import ROOT, UserError
 
 # Published settings of each optimizer, for all model sizes; they replace None in TrainConfig. AdamW
 # and SophiaG: arXiv 2305.14342. Lion: arXiv 2302.06675; its weight decay makes lr * weight_decay
-# equal to AdamW's for GPT-2 small.
+# equal to AdamW's for GPT-2 small. Muon: momentum as in torch.optim.Muon, the rest as AdamW.
 OPTIMIZER_DEFAULTS = {
     "sophiag": dict(beta1=0.965, beta2=0.99, weight_decay=0.2),
     "adamw": dict(beta1=0.9, beta2=0.95, weight_decay=0.1),
     "lion": dict(beta1=0.95, beta2=0.98, weight_decay=0.6),
+    "muon": dict(beta1=0.95, beta2=0.95, weight_decay=0.1),
 }
 
 
@@ -59,9 +60,12 @@ class TrainConfig:
     n_embd: int = knob(768, "width")
     dropout: float = knob(0.0, "dropout; 0 for pretraining")
     bias: bool = knob(False, "biases in Linear and LayerNorm")
+    init_std: float = knob(0.02, "standard deviation of initial weights; 0.02 suits a width "
+                           "of 768; 1 / sqrt(n_embd) suits smaller ones")
     scale_attn_by_inverse_layer_idx: bool = knob(True, "divide attention scores by layer index + 1")
     # optimizer
-    optimizer: str = knob("sophiag", "sophiag | adamw | lion")
+    optimizer: str = knob("sophiag", "sophiag | adamw | lion | muon (AdamW for embeddings, "
+                         "norms and biases)")
     learning_rate: float = knob(6e-4, "peak learning rate")
     min_lr: float | None = knob(None, "final learning rate (default: learning_rate / 10)")
     max_iters: int = knob(100_000, "steps")
@@ -69,10 +73,10 @@ class TrainConfig:
     lr_decay_iters: int | None = knob(None, "step that reaches min_lr (default: max_iters)")
     decay_lr: bool = knob(True, "cosine decay; False: constant after warmup")
     weight_decay: float | None = knob(None, "decoupled, on Linear weights only (default: 0.2 "
-                                      "sophiag, 0.1 adamw, 0.6 lion)")
-    beta1: float | None = knob(None, "default: 0.965 sophiag, 0.9 adamw, 0.95 lion; 0.8 to 0.9 "
-                               "was best in runs of 400 steps")
-    beta2: float | None = knob(None, "default: 0.99 sophiag, 0.95 adamw, 0.98 lion")
+                                      "sophiag, 0.1 adamw and muon, 0.6 lion)")
+    beta1: float | None = knob(None, "default: 0.965 sophiag, 0.9 adamw, 0.95 lion, 0.95 muon (its "
+                               "momentum; its AdamW has 0.9)")
+    beta2: float | None = knob(None, "default: 0.99 sophiag, 0.95 adamw and muon, 0.98 lion")
     grad_clip: float = knob(1.0, "maximum gradient norm; 0: no clipping")
     rho: float = knob(0.05, "sophiag: clipping threshold; a larger rho gives a larger win_rate")
     target_win_rate: float = knob(0.0, "sophiag: adapt rho to reach this win_rate; 0: fixed rho")
@@ -248,7 +252,7 @@ def resolve(cfg, world_size=1):
         if getattr(cfg, name) < 1:
             raise UserError(f"{name} must be at least 1, got {getattr(cfg, name)}")
     for name in ("seed", "eval_iters", "sample_tokens", "max_iters", "warmup_iters",
-                 "learning_rate", "min_lr", "weight_decay", "grad_clip", "rho"):
+                 "learning_rate", "min_lr", "weight_decay", "grad_clip", "rho", "init_std"):
         if getattr(cfg, name) < 0:
             raise UserError(f"{name} must not be negative, got {getattr(cfg, name)}")
     if cfg.seed >= 2**63:

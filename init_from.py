@@ -90,7 +90,7 @@ def build_model(cfg, vocab_size, start):
     """
     torch.manual_seed(cfg.seed)
     if start is None:
-        shape = {name: getattr(cfg, name) for name in MODEL_KNOBS}
+        shape = {name: getattr(cfg, name) for name in (*MODEL_KNOBS, "init_std")}
         return GPT(GPTConfig(vocab_size, cfg.block_size, dropout=cfg.dropout, **shape))
     args = GPTConfig(**start["model_args"])
     wrong = [name for name in MODEL_KNOBS if getattr(args, name) != getattr(cfg, name)]

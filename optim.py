@@ -5,9 +5,11 @@ import torch
 import torch.nn as nn
 
 from lion import Lion
+from muon import Muon
 from sophia import SophiaG
 
-STATE_TENSORS = {"sophiag": 2, "adamw": 2, "lion": 1}   # tensors of state per parameter
+STATE_TENSORS = {"sophiag": 2, "adamw": 2, "lion": 1, "muon": 2}   # tensors of state per parameter
+MUON_ADAMW_BETA1 = 0.9   # of muon's AdamW; beta1 is Muon's momentum, beta2 that AdamW's
 
 
 def parameter_groups(model, weight_decay):
@@ -22,7 +24,7 @@ def parameter_groups(model, weight_decay):
 def make_optimizer(cfg, model, fused):
     """
     The optimizer cfg.optimizer over the model's parameters, already on their device. fused: compile
-    the step of SophiaG or Lion; AdamW uses PyTorch's fused step.
+    the step of SophiaG, Lion or Muon; AdamW uses PyTorch's fused step.
     """
     groups = parameter_groups(model, cfg.weight_decay)
     common = dict(lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2))
@@ -32,6 +34,10 @@ def make_optimizer(cfg, model, fused):
                        target_win_rate=cfg.target_win_rate)
     if cfg.optimizer == "lion":
         return Lion(groups, **common, fused=fused)
+    if cfg.optimizer == "muon":
+        matrices, others = groups
+        return Muon([matrices, {**others, "use_muon": False}], lr=cfg.learning_rate,
+                    momentum=cfg.beta1, betas=(MUON_ADAMW_BETA1, cfg.beta2), fused=fused)
     return torch.optim.AdamW(groups, **common, fused=True)
 
 

@@ -1,5 +1,5 @@
 """
-Pretrain GPT-2 with SophiaG, AdamW or Lion: one loop for all of them.
+Pretrain GPT-2 with SophiaG, AdamW, Lion or Muon: one loop for all of them.
 
     python train.py config/quickstart_sophiag.py
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_small_sophiag.py

@@ -46,18 +46,20 @@ def test_every_config_loads(path):
     assert load_config([str(path), *words], 8).tokens_per_step == cfg.tokens_per_step
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "lion", "sophiag"])
+@pytest.mark.parametrize("optimizer", ["adamw", "lion", "muon", "sophiag"])
 @pytest.mark.parametrize("size", PUBLISHED)
 def test_gpt2_configs_hold_the_published_numbers(size, optimizer):
     cfg = load_config([str(ROOT / "config" / f"train_gpt2_{size}_{optimizer}.py")])
     *shape, adamw, lion, sophiag, rho = PUBLISHED[size]
-    rates = dict(adamw=adamw, lion=lion, sophiag=sophiag)[optimizer]
+    rates = dict(adamw=adamw, lion=lion, muon=adamw, sophiag=sophiag)[optimizer]
     assert [cfg.n_layer, cfg.n_head, cfg.n_embd] == shape
     assert (cfg.learning_rate, cfg.min_lr) == pytest.approx(rates, rel=1e-12)
     assert {name: getattr(cfg, name) for name in SHARED} == SHARED
-    betas = dict(adamw=(0.9, 0.95), lion=(0.95, 0.98), sophiag=(0.965, 0.99))[optimizer]
+    betas = dict(adamw=(0.9, 0.95), lion=(0.95, 0.98), muon=(0.95, 0.95),
+                 sophiag=(0.965, 0.99))[optimizer]
     assert (cfg.beta1, cfg.beta2) == betas
-    low, high = dict(adamw=(0.1, 0.1), lion=(0.2, 1.0), sophiag=(0.2, 0.2))[optimizer]
+    low, high = dict(adamw=(0.1, 0.1), lion=(0.2, 1.0), muon=(0.1, 0.1),
+                     sophiag=(0.2, 0.2))[optimizer]
     assert low <= cfg.weight_decay <= high   # Lion, arXiv 2302.06675: 3-10 times AdamW's
     if optimizer == "sophiag":
         assert (cfg.rho, cfg.hessian_interval, cfg.hessian_batch_size) == (rho, 10, 240)
@@ -195,7 +197,8 @@ def test_hutchinsons_batch_is_a_fifteenth_rounded_up_to_the_ranks(total, ranks, 
 
 
 @pytest.mark.parametrize("optimizer, beta1, beta2, weight_decay", [
-    ("sophiag", 0.965, 0.99, 0.2), ("adamw", 0.9, 0.95, 0.1), ("lion", 0.95, 0.98, 0.6)])
+    ("sophiag", 0.965, 0.99, 0.2), ("adamw", 0.9, 0.95, 0.1), ("lion", 0.95, 0.98, 0.6),
+    ("muon", 0.95, 0.95, 0.1)])
 def test_derived_settings_follow_the_others_unless_given(optimizer, beta1, beta2, weight_decay):
     cfg = load_config([f"--optimizer={optimizer}", "--learning_rate=3e-3", "--max_iters=5000",
                        "--out_dir=some/where/"])

@@ -38,7 +38,7 @@ from metrics import Metrics
 from model import GPT, GPTConfig
 from sophia import SophiaG
 
-OPTIMIZERS = ("sophiag", "adamw", "lion")
+OPTIMIZERS = ("sophiag", "adamw", "lion", "muon")
 SETTINGS = {**TINY, "max_iters": 20, "eval_interval": 10, "hessian_interval": 5, "compile": True,
             "dtype": "bfloat16"}
 

@@ -8,7 +8,7 @@ SETTINGS = {**TINY, "max_iters": 15, "eval_interval": 100, "hessian_interval": 2
 CASES = {"sophiag": {}, "float16": {"dtype": "float16"}, "steered": {"target_win_rate": 0.3},
          "adamw": {"optimizer": "adamw"}, "adamw, float16": {"optimizer": "adamw",
                                                             "dtype": "float16"},
-         "lion": {"optimizer": "lion"}}
+         "lion": {"optimizer": "lion"}, "muon": {"optimizer": "muon"}}
 
 
 def on_fake_device(out_dir, data, *words, **settings):

@@ -245,7 +245,7 @@ def broken_run(folder, ranks, steps, updates=(), **knobs):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer, ranks", [("sophiag", 1), ("adamw", 1), ("lion", 1),
-                                              ("sophiag", 2)])
+                                              ("muon", 1), ("sophiag", 2)])
 def test_a_non_finite_gradient_of_one_rank_skips_the_step_on_every_rank(tiny_data, tmp_path,
                                                                         optimizer, ranks):
     done = broken_run(tmp_path, ranks, (7, 8), updates=(2,), dataset=tiny_data, optimizer=optimizer,

@@ -29,7 +29,7 @@ def test_weight_decay_applies_to_linear_layers_only_and_not_to_the_tied_head():
 
 @pytest.mark.parametrize("name, kind, betas, decay", [
     ("sophiag", "SophiaG", (0.965, 0.99), 0.2), ("adamw", "AdamW", (0.9, 0.95), 0.1),
-    ("lion", "Lion", (0.95, 0.98), 0.6)])
+    ("lion", "Lion", (0.95, 0.98), 0.6), ("muon", "Muon", (0.9, 0.95), 0.1)])
 def test_each_optimizer_gets_its_published_settings(name, kind, betas, decay):
     optimizer = make_optimizer(config(f"--optimizer={name}"), GPT(SMALL), fused=False)
     assert type(optimizer).__name__ == kind
@@ -61,7 +61,7 @@ def test_the_hessian_is_due_every_k_steps_and_only_for_sophiag():
     assert not any(hessian_due(s, config("--optimizer=adamw")) for s in range(1, 31))
 
 
-@pytest.mark.parametrize("name", ["sophiag", "adamw", "lion"])
+@pytest.mark.parametrize("name", ["sophiag", "adamw", "lion", "muon"])
 def test_statistics_are_the_norms_of_parameters_and_state(name):
     model = GPT(SMALL)
     optimizer = make_optimizer(config(f"--optimizer={name}"), model, fused=False)

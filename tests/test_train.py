@@ -14,13 +14,14 @@ from test_model import exact_gauss_newton_diagonal
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lion
+import muon
 import sophia
 from configurator import load_config
 from ddp import World
 from model import GPT, GPTConfig
 from train import print_summary
 
-OPTIMIZERS = ("sophiag", "adamw", "lion")
+OPTIMIZERS = ("sophiag", "adamw", "lion", "muon")
 ESTIMATORS = ("gnb", "hutchinson", "empirical_fisher")
 
 
@@ -236,7 +237,7 @@ def test_two_ranks_compile_no_more_than_one_and_exchange_gradients_during_backwa
 
 
 @pytest.mark.parametrize("optimizer", [
-    "sophiag", *(pytest.param(name, marks=pytest.mark.slow) for name in ("adamw", "lion"))])
+    "sophiag", *(pytest.param(name, marks=pytest.mark.slow) for name in ("adamw", "lion", "muon"))])
 def test_the_same_run_twice_is_identical_bit_for_bit(tiny_data, tmp_path, optimizer):
     for name in "one", "two":
         train(tmp_path / name, tiny_data, optimizer=optimizer, max_iters=25, dropout=0.1,
@@ -298,9 +299,10 @@ def test_gpt2_small_configs_train_on_a_cpu(tiny_data, tmp_path, optimizer):
     assert len(records(tmp_path)) == 2
 
 
-def test_sophia_needs_only_torch_and_lion_only_sophia():
-    """Users copy sophia.py alone, or lion.py together with it."""
-    for module, wanted in (sophia, {"torch"}), (lion, {"torch", "sophia"}):
+def test_sophia_needs_only_torch_and_lion_and_muon_only_sophia():
+    """Users copy sophia.py alone, or lion.py or muon.py together with it."""
+    for module in sophia, lion, muon:
+        wanted = {"torch"} if module is sophia else {"torch", "sophia"}
         source = open(module.__file__).read()
         imported = {line.split()[1].split(".")[0] for line in source.splitlines()
                     if line.startswith(("import ", "from "))}

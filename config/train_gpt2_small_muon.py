@@ -1,0 +1,7 @@
+# GPT-2 small (125M), OpenWebText, Muon: 100k steps of 480 x 1024 tokens. Untested, and not in the
+# Sophia paper. Muon's updates have the size of AdamW's, so it takes AdamW's learning rates.
+out_dir = "out/gpt2-small-muon"
+wandb_log = True
+optimizer = "muon"
+min_lr = 3e-5
+lr_decay_iters = 100_000   # keeps the schedule if --max_iters is lower

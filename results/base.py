@@ -4,6 +4,7 @@ dataset = "pystdlib"
 n_layer = 3
 n_head = 3
 n_embd = 96
+init_std = n_embd**-0.5   # 1 / sqrt(width), see RULES.md
 block_size = 128
 batch_size = 32
 total_batch_size = 64   # 8,192 tokens a step

@@ -15,34 +15,34 @@ import numpy as np
 import study
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
-from rules import ABLATIONS, ARMS, FINAL_SEEDS, MORE_SEEDS, SENSITIVITY, Study
+from rules import ABLATIONS, ARMS, FINAL_SEEDS, MORE_SEEDS, SENSITIVITY, START, Study
 
 RESULTS = os.path.dirname(os.path.abspath(__file__))
-NAMES = {"adamw": "AdamW", "lion": "Lion", "sophiag": "SophiaG, fixed ρ",
+NAMES = {"adamw": "AdamW", "lion": "Lion", "muon": "Muon", "sophiag": "SophiaG, fixed ρ",
          "steered": "SophiaG, adapted ρ", "sign": "sign momentum (no Hessian)",
          "sophiag-published": "SophiaG, published constants",
          "lion-published": "Lion, published constants",
-         "adamw-published": "AdamW, published constants",
-         "adamw-tokens": "AdamW, β2 scaled to the batch"}
+         "adamw-published": "AdamW, published constants"}
 STYLES = {"adamw": ("#D55E00", "s", "--"), "lion": ("#009E73", "D", "-."),
           "sophiag": ("#0072B2", "o", "-"), "steered": ("#CC79A7", "^", ":"),
-          "sign": ("#999999", "v", "--"), "sophiag-published": ("#56B4E9", "P", "-"),
-          "lion-published": ("#E69F00", "X", "-."), "adamw-published": ("#D55E00", "s", ":")}
+          "sign": ("#999999", "v", "--"), "muon": ("#000000", "X", "-"),
+          "sophiag-published": ("#56B4E9", "P", "-"), "lion-published": ("#E69F00", "X", "-."),
+          "adamw-published": ("#D55E00", "s", ":")}
 MISSING = "*Not run yet.*"
-TOKENS = {"1k": 1024, "8k": 8192, "32k-seeds": 32768}
-LENGTHS = {"1k": 400, "1k-x4": 1600, "1k-x16": 6400}
-TITLES = {"1k": "1,024 tokens per step, 400 steps", "8k": "8,192 tokens per step, 400 steps",
-          "32k-seeds": "32,768 tokens per step, 400 steps",
-          "32k": "32,768 tokens, learning rates of one seed", "1k-x4": "1,024 tokens, 1,600 steps",
-          "1k-x16": "1,024 tokens, 6,400 steps", "3M": "3.1M parameters, 1,024 tokens, 800 steps"}
+LENGTHS = {"8k": "400 x\n8,192", "1k": "1,600 x\n1,024", "1k-x4": "6,400 x\n1,024"}
+SIZES = {"0.1M": "0.1M", "0.3M": "0.33M", "1M": "1M"}
+TITLES = {"8k": "400 steps of 8,192 tokens", "1k": "1,600 steps of 1,024 tokens",
+          "1k-x4": "6,400 steps of 1,024 tokens", "0.1M": "0.1M parameters, 1,600 steps",
+          "0.3M": "0.33M parameters, 1,600 steps", "1M": "1M parameters, 1,600 steps"}
 ABLATION_NAMES = {"k=1": "k = 1, same memory in steps", "k=50": "k = 50, same memory in steps",
                   "hutchinson": "Hutchinson's estimator (Sophia-H)",
                   "empirical_fisher": "empirical Fisher (true labels)",
-                  "shared_noise": "all sequences share label noise",
-                  "clip": "AdamW, gradient norm clipped at 1/6"}
+                  "shared_noise": "all sequences share label noise"}
 SETTING_NAMES = {"learning_rate": "learning rate", "momentum": "1 / (1 - β1), steps",
                  "second": "memory of the second statistic, steps", "rho": "ρ",
                  "target_win_rate": "target win_rate", "warmup": "warmup, share of steps"}
+BIGRAM = 2.45   # nats per byte of val.bin, from train.bin's counts of byte pairs
+SQRT = "1 / sqrt(width)"
 
 ROWS = {row["name"]: row for row in study.read(study.RUNS)}
 PLAN = Study(ROWS)
@@ -92,14 +92,24 @@ def markdown(rows):
     return "\n".join("| " + " | ".join(line.values()) + " |" for line in lines)
 
 
+def points(setting):
+    """The point that won each arm's trials, of the arms whose trials are done."""
+    base = START if setting == "8k" else points("8k" if setting == "1k" else "1k")
+    found = {arm: PLAN.tuning(setting, arm, base[arm]) for arm in ARMS
+             if arm in base and f"{setting}/tune/{arm}/00" in ROWS}
+    return {arm: point for arm, point in found.items() if point}
+
+
+def best_loss(setting, arm):
+    return min(PLAN.loss(name) for name in ROWS if name.startswith(f"{setting}/tune/{arm}/"))
+
+
 def tuned_table():
-    """The point that won each arm's trials."""
-    points = {arm: PLAN.tuning(arm) for arm in ARMS}
     columns = ("learning_rate", "momentum", "second", "warmup", "rho", "target_win_rate")
-    return [{"": NAMES[arm], **{SETTING_NAMES[c]: f"{point[c]:g}" if c in point else ""
-                                for c in columns},
-             "loss on seed 1": f"{min(PLAN.loss(n) for n in ROWS if f'8k/tune/{arm}/' in n):.4f}"}
-            for arm, point in points.items() if point]
+    return [{"": f"**{TITLES[setting]}**, {NAMES[arm]}" if arm == "adamw" else NAMES[arm],
+             **{SETTING_NAMES[c]: f"{point[c]:g}" if c in point else "" for c in columns},
+             "loss on seed 1": f"{best_loss(setting, arm):.4f}"}
+            for setting in LENGTHS for arm, point in points(setting).items()]
 
 
 def finals_table():
@@ -121,67 +131,54 @@ def finals_table():
 
 def short_table():
     """README's: the differences to AdamW at each setting."""
-    settings = [s for s in TITLES if finals(s) and s != "32k"]   # 32k-seeds instead
-    arms = ARMS[1:]
+    arms = ("muon", "lion", "sophiag", "steered", "sign")
     rows = []
-    for setting in settings:
-        base = losses(f"{setting}/final/adamw")
-        rows.append({"": TITLES[setting], "AdamW": spread(base), **{
-            NAMES[arm]: show_gap(losses(f"{setting}/final/{arm}"), base)
-            if arm in finals(setting) else "" for arm in arms}})
+    for setting in TITLES:
+        if base := losses(f"{setting}/final/adamw") if finals(setting) else None:
+            rows.append({"": TITLES[setting], "AdamW": spread(base), **{
+                NAMES[arm]: show_gap(losses(f"{setting}/final/{arm}"), base)
+                if arm in finals(setting) else "" for arm in arms}})
     return rows
 
 
 def ablation_table():
-    rows = []
-    for name, (arm, *_) in ABLATIONS.items():
-        base = losses(f"8k/final/{arm}")
-        found = losses(f"8k/ablation/{name}")
-        if done(f"8k/ablation/{name}"):
-            rows.append({"": ABLATION_NAMES[name], "compared with": NAMES[arm],
-                         "final val loss": spread(found), "difference": show_gap(found, base)})
-    if done("8k/final/sign"):
-        found, base = losses("8k/final/sign"), losses("8k/final/steered")
-        rows.insert(0, {"": NAMES["sign"], "compared with": NAMES["steered"],
-                        "final val loss": spread(found), "difference": show_gap(found, base)})
-    return rows
-
-
-def schedules(arm):
-    """{steps: mean final loss} of an arm's schedules at 8,192 tokens per step."""
-    prefixes = {steps: f"8k/steps={steps}/{arm}" for steps in (200, 280, 340, 800)}
-    prefixes[400] = f"8k/final/{arm}"
-    return {steps: statistics.mean(losses(prefix)[seed] for seed in FINAL_SEEDS)
-            for steps, prefix in sorted(prefixes.items()) if done(prefix)}
+    prefixes = {NAMES["sign"]: "1k/final/sign",
+                **{ABLATION_NAMES[name]: f"1k/ablation/{name}" for name in ABLATIONS}}
+    return [{"": title, "final val loss": spread(losses(prefix)),
+             "difference to SophiaG, adapted ρ": show_gap(losses(prefix),
+                                                          losses("1k/final/steered"))}
+            for title, prefix in prefixes.items() if done(prefix) and done("1k/final/steered")]
 
 
 def step_cost(arm):
     """Time of a step, Hessian updates included, relative to AdamW's; measured by bench.py."""
-    name = "lion" if arm == "lion" else "sophiag"
+    name = arm if arm in ("lion", "muon") else "sophiag"
     with open(os.path.join(RESULTS, f"step-{name}.json"), encoding="utf-8") as file:
         times = {row["name"]: row["value"] for row in json.load(file)["rows"]}
     return times[f"whole step, {name}"] / times["whole step, adamw"]
 
 
 def speedup_table():
-    """Final losses of other schedules; from AdamW's, interpolated in log steps, the speed-ups."""
-    rows, adamw = [], schedules("adamw")
-    for arm in ARMS:
-        own = schedules(arm)
-        if arm == "adamw" or len(own) < 4 or 800 not in adamw:
-            continue
-        lengths, found = np.log(list(adamw)), np.array(list(adamw.values()))
-        steps = np.exp(np.interp(-own[400], -found, lengths))
-        at_equal_time = np.interp(np.log(400 * step_cost(arm)), lengths, found)
-        rows.append({"": NAMES[arm],
-                     **{f"{n} steps": f"{own[n]:.4f}" if n in own else "" for n in adamw},
-                     "speed-up in steps": f"{steps / 400:.2f}x",
-                     "time of a step": f"{step_cost(arm):.2f}x",
-                     "speed-up in time": f"{steps / 400 / step_cost(arm):.2f}x",
-                     "difference at equal time": f"{own[400] - at_equal_time:+.4f}"})
-    if rows:
-        rows.insert(0, {**dict.fromkeys(rows[0], ""), "": "AdamW",
-                        **{f"{n} steps": f"{adamw[n]:.4f}" for n in adamw}})
+    """Steps that AdamW needs for each arm's loss, interpolated in log steps between schedules of
+    its own, over the arm's 400."""
+    prefixes = {300: "8k/steps=300/adamw", 400: "8k/final/adamw", 600: "8k/steps=600/adamw",
+                800: "8k/steps=800/adamw"}
+    if not all(done(prefix) for prefix in prefixes.values()):
+        return []
+    curve = {steps: statistics.mean(losses(prefix)[seed] for seed in FINAL_SEEDS)
+             for steps, prefix in prefixes.items()}
+    lengths, found = np.log(list(curve)), np.array(list(curve.values()))
+    rows = [{"": f"AdamW, {steps} steps", "final val loss": f"{loss:.4f}", "speed-up in steps": "",
+             "time of a step": "", "speed-up in time": ""} for steps, loss in curve.items()]
+    for arm in finals("8k"):
+        if arm in ARMS[1:]:
+            own = statistics.mean(losses(f"8k/final/{arm}")[seed] for seed in FINAL_SEEDS)
+            ratio = np.exp(np.interp(-own, -found, lengths)) / 400
+            outside = "below " * (own > found[0]) or "above " * (own < found[-1])
+            rows.append({"": NAMES[arm], "final val loss": f"{own:.4f}",
+                         "speed-up in steps": f"{outside}{ratio:.2f}x",
+                         "time of a step": f"{step_cost(arm):.2f}x",
+                         "speed-up in time": f"{outside}{ratio / step_cost(arm):.2f}x"})
     return rows
 
 
@@ -191,43 +188,61 @@ def cost():
             f"training steps on one core each; the others ran on a GPU.")
 
 
-def panel(figure, rows, columns, index, x_label, ticks):
+def new_axis(figure, rows, columns, index, x_label):
     ax = figure.add_subplot(rows, columns, index)
-    ax.set(xscale="log", xlabel=x_label)
-    ax.set_xticks(ticks, [f"{t:,}" for t in ticks])
-    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set(xlabel=x_label)
     ax.grid(alpha=0.3)
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 
 
 def gap_figure():
-    """Gap to AdamW against tokens per step, and against the number of steps."""
+    """Final loss minus AdamW's, against the length of the run and the size of the model."""
     panels = [(places, label, arms) for places, label, arms in (
-        (TOKENS, "tokens per step (400 steps)", ARMS),
-        (LENGTHS, "steps (1,024 tokens each)", ARMS),
-        (LENGTHS, "steps, with published constants", [a for a in NAMES if "published" in a]))
-        if any(len(finals(place)) > 1 for place in places)]
-    figure = Figure(figsize=(3.6 * len(panels), 3.8), dpi=160, layout="constrained")
+        (LENGTHS, "length: steps x tokens per step", [*ARMS, "sophiag-published"]),
+        (SIZES, "parameters (10 tokens each)", ARMS)) if any(map(finals, places))]
+    figure = Figure(figsize=(4.6 * len(panels), 4.2), dpi=160, layout="constrained")
     handles = {}
     for i, (places, label, arms) in enumerate(panels, 1):
-        ticks = list(places.values())
-        ax = panel(figure, 1, len(panels), i, label, ticks)
-        ax.set_xlim(ticks[0] / 1.5, ticks[-1] * 1.5)
+        ax = new_axis(figure, 1, len(panels), i, label)
+        ax.set_xticks(range(len(places)), places.values())
+        ax.set_xlim(-0.4, len(places) - 0.6)
         ax.axhline(0, color=STYLES["adamw"][0], linestyle="--", linewidth=1)
         if i == 1:
             ax.set_ylabel("loss minus AdamW's (nats/byte)")
-        for number, arm in enumerate(arms):
-            shift = 1.06 ** (number - 2)   # so that error bars stay apart
-            points = [(x * shift, *gap(losses(f"{s}/final/{arm}"), losses(f"{s}/final/adamw")))
-                      for s, x in places.items() if arm != "adamw" and arm in finals(s)]
-            if points:
+        for number, arm in enumerate(arms[1:]):
+            shift = 0.04 * (number - 2)   # so that error bars stay apart
+            found = [(x + shift, *gap(losses(f"{s}/final/{arm}"), losses(f"{s}/final/adamw")))
+                     for x, s in enumerate(places) if arm in finals(s)]
+            if found:
                 colour, marker, line = STYLES[arm]
-                xs, means, errors = zip(*points)
-                handles[NAMES[arm]] = ax.errorbar(xs, means, errors, color=colour, marker=marker,
-                                                  linestyle=line, capsize=3, label=NAMES[arm])
+                handles[NAMES[arm]] = ax.errorbar(*zip(*found), color=colour, marker=marker,
+                                                  linestyle=line, capsize=3)
     figure.legend(handles.values(), handles.keys(), ncols=3, loc="outside upper center",
                   frameon=False)
+    return figure
+
+
+def gate_figure():
+    """Validation loss of untuned runs; on the left also with GPT-2's initialization."""
+    curves = {}
+    for row in study.read(study.CURVES):
+        if row["name"].startswith("gate/"):
+            curves.setdefault(row["name"], []).append((int(row["iter"]), float(row["val_loss"])))
+    figure = Figure(figsize=(9, 3.6), dpi=160, layout="constrained")
+    for i, arms in enumerate((("adamw", "steered"), ARMS), 1):
+        ax = new_axis(figure, 1, 2, i, "step")
+        ax.axhline(BIGRAM, color="#999999", linewidth=1)
+        ax.text(400, BIGRAM + 0.02, "bigram model", ha="right", color="#777777")
+        for arm in arms:
+            colour, _, line = STYLES[arm]
+            label = NAMES[arm] + f", {SQRT}" * (i == 1)
+            ax.plot(*zip(*curves[f"gate/{arm}"]), color=colour, linestyle=line, label=label)
+            if i == 1:
+                ax.plot(*zip(*curves[f"gate/{arm}/0.02"]), color=colour, linewidth=0.8,
+                        linestyle=line, marker=".", label=f"{NAMES[arm]}, 0.02")
+        ax.set(ylim=(1.2, 3.4), ylabel="validation loss (nats/byte)")
+        ax.legend(frameon=False, fontsize=8)
     return figure
 
 
@@ -239,11 +254,11 @@ def sensitivity_lines(name):
     """{arm: [(value, loss minus the tuned point's)]} of the arms that varied a setting."""
     lines = {}
     for arm in SENSITIVITY:
-        prefix = f"8k/sensitivity/{arm}/{name}="
+        prefix = f"1k/sensitivity/{arm}/{name}="
         found = {float(n.removeprefix(prefix)): PLAN.loss(n) for n in ROWS if n.startswith(prefix)}
         if found:
-            best = min(PLAN.loss(n) for n in ROWS if n.startswith(f"8k/tune/{arm}/"))
-            found[PLAN.tuning(arm)[name]] = best
+            best = best_loss("1k", arm)
+            found[points("1k")[arm][name]] = best
             lines[arm] = sorted((value, loss - best) for value, loss in found.items())
     return lines
 
@@ -257,7 +272,10 @@ def sensitivity_figure():
     handles = {}
     for i, (name, lines) in enumerate(found.items(), 1):
         ticks = [1e-4, 1e-3, 1e-2] if name == "learning_rate" else list(changes_of(name))
-        ax = panel(figure, rows, 3, i, SETTING_NAMES[name], ticks)
+        ax = new_axis(figure, rows, 3, i, SETTING_NAMES[name])
+        ax.set_xscale("log")
+        ax.set_xticks(ticks, [f"{t:,}" for t in ticks])
+        ax.xaxis.set_minor_locator(NullLocator())
         for arm, line in lines.items():
             colour, marker, style = STYLES[arm]
             handles[NAMES[arm]], = ax.plot(*zip(*line), color=colour, marker=marker, markersize=4,
@@ -286,7 +304,8 @@ def main():
               "speedup": speedup_table(), "short": short_table()}
     blocks = {name: markdown(rows) if rows else MISSING for name, rows in tables.items()}
     figures = {"gap": (gap_figure, bool(finals("8k"))),
-               "sensitivity": (sensitivity_figure, any("8k/sensitivity/" in n for n in ROWS))}
+               "gate": (gate_figure, all(f"gate/{arm}" in ROWS for arm in ARMS)),
+               "sensitivity": (sensitivity_figure, any("/sensitivity/" in n for n in ROWS))}
     for name, (draw, ready) in figures.items():
         blocks[name] = f"![{draw.__doc__}]({name}.png)" if ready else MISSING
         if ready:

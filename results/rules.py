@@ -5,69 +5,76 @@ depends only on the results so far. A run's name is setting/piece/arm/value.
 import math
 import statistics
 
-ARMS = ("adamw", "lion", "sophiag", "steered", "sign")
-# Where each arm's search starts: the best of a few pilot runs. warmup is a share of all steps.
-# Memories are in steps: momentum 1 / (1 - beta1); second 1 / (1 - beta2), for SophiaG times k.
+ARMS = ("adamw", "lion", "sophiag", "steered", "sign", "muon")
+# The gate's points, where each arm's search starts: published constants of AdamW and Muon; for the
+# others the memory that suits a few hundred steps. warmup is a share of all steps. Memories are in
+# steps: momentum 1 / (1 - beta1); second 1 / (1 - beta2), for SophiaG times k.
 START = {
-    "adamw": {"learning_rate": 8e-3, "momentum": 10, "warmup": 0.25, "second": 20},
-    "lion": {"learning_rate": 1.6e-3, "momentum": 5, "warmup": 0.25, "second": 10},
-    "sophiag": {"learning_rate": 3.2e-3, "rho": 0.2, "momentum": 10, "warmup": 0.25, "second": 100},
-    "steered": {"learning_rate": 3.2e-3, "target_win_rate": 0.5, "momentum": 10, "warmup": 0.25,
-                "second": 100},
-    "sign": {"learning_rate": 1.6e-3, "momentum": 10, "warmup": 0.25}}
+    "adamw": {"learning_rate": 8e-3, "momentum": 10, "warmup": 0.1, "second": 20},
+    "lion": {"learning_rate": 1.6e-3, "momentum": 10, "warmup": 0.1, "second": 20},
+    "sophiag": {"learning_rate": 3.2e-3, "rho": 0.1, "momentum": 10, "warmup": 0.1, "second": 200},
+    "steered": {"learning_rate": 3.2e-3, "target_win_rate": 0.5, "momentum": 10, "warmup": 0.1,
+                "second": 200},
+    "sign": {"learning_rate": 1.6e-3, "momentum": 10, "warmup": 0.1},
+    "muon": {"learning_rate": 8e-3, "momentum": 20, "warmup": 0.1, "second": 20}}
 LIMITS = {"warmup": (0, 0.9), "momentum": (1, 1000), "target_win_rate": (0, 0.95)}
-TRIALS = 20
-TUNING_SEED, FINAL_SEEDS, MORE_SEEDS, RETUNING_SEEDS = 1, (2, 3, 4), (5, 6), (7, 8, 9)
+TUNING_SEED, RATE_SEEDS, FINAL_SEEDS, MORE_SEEDS = 1, (7, 8), (2, 3, 4), (5, 6)
 HESSIAN_INTERVAL = 10
-# Arms at 1,024 tokens per step that differ from an arm's tuned point, besides the learning rate:
-# published constants, and a second statistic over as many tokens as at 8,192 per step.
-VARIANTS = {"sophiag-published": {"momentum": 1 / 0.035, "second": 1000, "rho": 0.05},
-            "lion-published": {"momentum": 20, "second": 50},
-            "adamw-published": {"momentum": 10, "second": 20},
-            "adamw-tokens": {"second": 80}}
+# Constants that arms with a tuned learning rate alone take from the papers.
+PUBLISHED = {"adamw-published": {"momentum": 10, "second": 20},
+             "lion-published": {"momentum": 20, "second": 50},
+             "sophiag-published": {"momentum": 1 / 0.035, "second": 1000, "rho": 0.05}}
 
 # Words of train.py that turn base.py into another setting, and its number of steps.
-SMALL_BATCH = ["--batch_size=4", "--total_batch_size=8", "--eval_iters=64"]
-LARGE_BATCH = ["--batch_size=256", "--total_batch_size=256", "--eval_iters=2",
-               "--deterministic=True"]
+SMALL_BATCH = ["--batch_size=4", "--total_batch_size=8", "--eval_iters=64"]   # 1,024 tokens
+
+
+def model(n_layer, n_head, n_embd):
+    return [f"--n_layer={n_layer}", f"--n_head={n_head}", f"--n_embd={n_embd}",
+            f"--init_std={n_embd**-0.5:.4f}"]
+
+
 SETTINGS = {
     "8k": (["results/base.py"], 400),
-    "1k": (["results/base.py", *SMALL_BATCH], 400),
-    "1k-x4": (["results/base.py", *SMALL_BATCH], 1600),
-    "1k-x16": (["results/base.py", *SMALL_BATCH], 6400),
-    "3M": (["results/base.py", *SMALL_BATCH, "--n_layer=4", "--n_head=4", "--n_embd=256"], 800),
-    "32k": (["results/base.py", *LARGE_BATCH], 400),
-    "32k-seeds": (["results/base.py", *LARGE_BATCH], 400),   # learning rates of three seeds
-    "8k-gpu": (["results/base.py", "--batch_size=64", "--deterministic=True"], 400),
-    "quick": (["config/quickstart_sophiag.py"], 1200),   # all three differ only in the optimizer
+    "1k": (["results/base.py", *SMALL_BATCH], 1600),
+    "1k-x4": (["results/base.py", *SMALL_BATCH], 6400),
+    # 10 tokens per parameter in 1,600 steps: 5, 16 and 48 sequences per step
+    "0.1M": (["results/base.py", *model(2, 2, 64), "--batch_size=5", "--total_batch_size=5",
+              "--eval_iters=103"], 1600),
+    "0.3M": (["results/base.py", "--batch_size=16", "--total_batch_size=16", "--eval_iters=32"],
+             1600),
+    "1M": (["results/base.py", *model(4, 4, 144), "--batch_size=16", "--total_batch_size=48",
+            "--eval_iters=11"], 1600),
+    "quick": (["config/quickstart_sophiag.py"], 1200),   # all four differ only in the optimizer
 }
-# Values around the tuned point, each on the tuning seed.
+TRIALS = {"8k": 20, "1k": 12, "1k-x4": 12}
+# Values around the tuned point at 1,024 tokens and 1,600 steps, each on the tuning seed.
 SENSITIVITY = {
     "adamw": {"learning_rate": (0.25, 0.5, 2, 4), "momentum": (3, 5, 20, 40),
-              "warmup": (0.025, 0.1)},
+              "warmup": (0.02, 0.1, 0.3)},
     "lion": {"learning_rate": (0.25, 0.5, 2, 4), "momentum": (3, 5, 20, 40)},
-    "sophiag": {"rho": (0.02, 0.5, 2), "second": (10, 40, 100, 400, 1000)},
+    "sophiag": {"rho": (0.02, 0.5, 2)},
     "steered": {"learning_rate": (0.25, 0.5, 2, 4), "momentum": (3, 5, 20, 40),
-                "second": (10, 40, 100, 400, 1000), "warmup": (0.025, 0.1),
-                "target_win_rate": (0.05, 0.3, 0.7)}}
-# Words that change the steered arm, or AdamW, at its tuned point.
+                "second": (40, 400, 1600), "warmup": (0.02, 0.1, 0.3),
+                "target_win_rate": (0.05, 0.3, 0.7)},
+    "muon": {"learning_rate": (0.25, 0.5, 2, 4), "momentum": (3, 5, 20, 40)}}
+# Interval and words that change the steered arm at its tuned point there.
 ABLATIONS = {
-    "k=1": ("steered", 1, []), "k=50": ("steered", 50, []),
-    "hutchinson": ("steered", 10, ["--hessian_estimator=hutchinson"]),
-    "empirical_fisher": ("steered", 10, ["--hessian_estimator=empirical_fisher"]),
-    "shared_noise": ("steered", 10, []),
-    "clip": ("adamw", 10, ["--grad_clip=0.16667"])}
+    "k=1": (1, []), "k=50": (50, []),
+    "hutchinson": (HESSIAN_INTERVAL, ["--hessian_estimator=hutchinson"]),
+    "empirical_fisher": (HESSIAN_INTERVAL, ["--hessian_estimator=empirical_fisher"]),
+    "shared_noise": (HESSIAN_INTERVAL, [])}
 
 
 def round2(value):
     return float(f"{value:.2g}")
 
 
-def words(setting, arm, point, seed, steps=None, interval=HESSIAN_INTERVAL):
+def words(setting, arm, point, seed, steps=None, interval=HESSIAN_INTERVAL, evaluations=4):
     """The command line of train.py for an arm at a point, which is a dict like START's."""
     flags, length = SETTINGS[setting]
     steps = steps or length
-    optimizer = arm if arm in ("adamw", "lion") else "sophiag"
+    optimizer = arm if arm in ("adamw", "lion", "muon") else "sophiag"
     point = dict(point)
     settings = {"learning_rate": point.pop("learning_rate"),
                 "beta1": max(round(1 - 1 / point.pop("momentum"), 4), 0.0),
@@ -79,7 +86,7 @@ def words(setting, arm, point, seed, steps=None, interval=HESSIAN_INTERVAL):
     if arm == "sign":
         interval = 1000000   # h stays 0
     every = [f"--hessian_interval={interval}"] * (interval != HESSIAN_INTERVAL)
-    return [*flags, f"--max_iters={steps}", f"--eval_interval={steps // 4}",
+    return [*flags, f"--max_iters={steps}", f"--eval_interval={steps // evaluations}",
             f"--optimizer={optimizer}", *every,
             *(f"--{name}={value:g}" for name, value in settings.items()), f"--seed={seed}"]
 
@@ -101,11 +108,21 @@ class Study:
         self.plan[name] = words
         return self.loss(name)
 
-    def tuning(self, arm):
+    def gate(self):
+        """Whether the untuned runs are there. Two more show GPT-2's standard deviation of 0.02."""
+        found = []
+        for arm in ARMS:
+            gate = words("8k", arm, START[arm], TUNING_SEED, evaluations=20)
+            found.append(self.add(f"gate/{arm}", gate))
+            if arm in ("adamw", "steered"):
+                found.append(self.add(f"gate/{arm}/0.02", [*gate, "--init_std=0.02"]))
+        return None not in found
+
+    def tuning(self, setting, arm, start):
         """
-        The arm's best point of TRIALS trials at the base setting, or None while one is missing.
-        Coordinate search from START: each setting in turn goes up by a factor and, if that is no
-        better, down. The factor is 2 in the first round and its root in each later one.
+        The arm's best point of TRIALS trials, or None while one is missing. Coordinate search from
+        start: each setting in turn goes up by a factor and, if that is no better, down. The factor
+        is 2 in the first round and its root in each later one.
         """
         losses = {}   # by point
 
@@ -114,16 +131,16 @@ class Study:
             key = tuple(point.values())
             if key in losses:
                 return math.inf
-            losses[key] = self.add(f"8k/tune/{arm}/{len(losses):02}",
-                                   words("8k", arm, point, TUNING_SEED))
+            losses[key] = self.add(f"{setting}/tune/{arm}/{len(losses):02}",
+                                   words(setting, arm, point, TUNING_SEED))
             return losses[key]
 
-        best, factor = START[arm], 2.0
+        best, factor = start, 2.0
         best_loss = trial(best)
         while best_loss is not None:
             for name in best:
                 for step in factor, 1 / factor:
-                    if len(losses) == TRIALS:
+                    if len(losses) == TRIALS[setting]:
                         return best
                     low, high = LIMITS.get(name, (0, math.inf))
                     value = round2(min(max(best[name] * step, low), high))
@@ -136,26 +153,25 @@ class Study:
             factor **= 0.5
         return None
 
-    def learning_rates(self, setting, arm, point, seeds=(TUNING_SEED,)):
+    def learning_rate(self, setting, arm, point, factor=2**0.5):
         """
-        The point with its best learning rate by the mean loss over seeds, or None while a run is
-        missing. Tries five values a factor of 2 apart around the point's own, and up to eight while
+        The point with its best learning rate by the mean loss over RATE_SEEDS, or None while a run
+        is missing. Tries the point's own and its neighbours, a factor apart, and up to six while
         the best is at an edge.
         """
-        exponents = [-2, -1, 0, 1, 2]
+        exponents = [-1, 0, 1]
         while True:
             losses = {}
             for e in exponents:
-                lr = round2(point["learning_rate"] * 2.0**e)
-                found = [self.add(
-                    f"{setting}/lr/{arm}/{lr:g}" + f"/{seed}" * (len(seeds) > 1), words(
-                        setting, arm.partition("-")[0], {**point, "learning_rate": lr}, seed))
-                    for seed in seeds]
+                lr = round2(point["learning_rate"] * factor**e)
+                found = [self.add(f"{setting}/lr/{arm}/{lr:g}/{seed}", words(
+                    setting, arm.partition("-")[0], {**point, "learning_rate": lr}, seed))
+                    for seed in RATE_SEEDS]
                 losses[e] = lr, None if None in found else statistics.mean(found)
             if any(loss is None for _, loss in losses.values()):
                 return None
             best = min(losses, key=lambda e: losses[e][1])
-            if best not in (min(exponents), max(exponents)) or len(exponents) == 8:
+            if best not in (min(exponents), max(exponents)) or len(exponents) == 6:
                 return {**point, "learning_rate": losses[best][0]}
             exponents.append(best + (1 if best > 0 else -1))
 
@@ -177,15 +193,26 @@ class Study:
                     loss_of("adamw", seed)
                     loss_of(arm, seed)
 
-    def setting(self, setting, points, seeds=(TUNING_SEED,)):
-        """Tune the learning rate of every arm again, then run the finals of each arm whose own and
-        AdamW's are known. Returns the best points, or None while a run is missing."""
-        found = {arm: self.learning_rates(setting, arm, point, seeds)
+    def compare(self, setting, points, factor=2**0.5):
+        """Choose every arm's learning rate on two more seeds, then run the finals. Returns the
+        points, or None while a run before the finals is missing."""
+        found = {arm: self.learning_rate(setting, arm, point, 2 if "-" in arm else factor)
                  for arm, point in points.items()}
-        best = {arm: point for arm, point in found.items() if point}
-        if "adamw" in best:
-            self.finals(setting, best)
-        return best if len(best) == len(points) else None
+        if None in found.values():
+            return None
+        self.finals(setting, found)
+        return found
+
+    def length(self, setting, start):
+        """Tune the arms in start and compare them, with the published constants beside them.
+        Returns the tuned points, or None while a run before the finals is missing."""
+        tuned = {arm: self.tuning(setting, arm, point) for arm, point in start.items()}
+        if None in tuned.values():   # no final before every arm is tuned
+            return None
+        for name, constants in PUBLISHED.items():
+            point = tuned.get(name.partition("-")[0], tuned["steered"])
+            tuned[name] = {k: point[k] for k in ("learning_rate", "warmup")} | constants
+        return self.compare(setting, tuned)
 
     def sensitivity(self, points):
         for arm, changes in SENSITIVITY.items():
@@ -193,51 +220,37 @@ class Study:
                 for value in values:
                     if name == "learning_rate":
                         value = round2(value * points[arm][name])
-                    self.add(f"8k/sensitivity/{arm}/{name}={value:g}", words(
-                        "8k", arm, {**points[arm], name: value}, TUNING_SEED))
+                    self.add(f"1k/sensitivity/{arm}/{name}={value:g}", words(
+                        "1k", arm, {**points[arm], name: value}, TUNING_SEED))
 
     def ablations(self, points):
-        for name, (arm, interval, flags) in ABLATIONS.items():
+        for name, (interval, flags) in ABLATIONS.items():
             script = ["results/shared_noise.py"] if name == "shared_noise" else []
             for seed in FINAL_SEEDS:
-                self.add(f"8k/ablation/{name}/{seed}", [*script, *words(
-                    "8k", arm, points[arm], seed, interval=interval), *flags])
+                self.add(f"1k/ablation/{name}/{seed}", [*script, *words(
+                    "1k", "steered", points["steered"], seed, interval=interval), *flags])
 
-    def lengths(self, points):
-        """Other numbers of steps, each with a full schedule of its own."""
-        for arm in points:
-            for steps in 200, 280, 340, 800:
-                for seed in FINAL_SEEDS:
-                    self.add(f"8k/steps={steps}/{arm}/{seed}",
-                             words("8k", arm, points[arm], seed, steps))
+    def schedules(self, point):
+        """AdamW with other numbers of steps, each with a schedule of its own."""
+        for steps in 300, 600, 800:
+            for seed in FINAL_SEEDS:
+                self.add(f"8k/steps={steps}/adamw/{seed}", words("8k", "adamw", point, seed, steps))
 
 
 def make_plan(rows):
     study = Study(rows)
-    tuned = {arm: study.tuning(arm) for arm in ARMS}
-    if None in tuned.values():   # no final before every arm is tuned
+    base = study.length("8k", START) if study.gate() else None
+    if not base:
         return study
-
-    def points(*arms):
-        return {arm: tuned[arm] for arm in arms}
-
-    variants = {arm: {**tuned[arm.partition("-")[0]], **VARIANTS[arm]} for arm in VARIANTS}
-    study.finals("8k", tuned)
-    small_batch = study.setting("1k", tuned | variants)
-    for arm in "adamw", "lion", "steered":
-        study.learning_rates("quick", arm, tuned[arm])
-    study.lengths(points("adamw", "lion", "sophiag", "steered"))
-    study.ablations(tuned)
-    longer = study.setting("1k-x4", tuned | variants)
-    study.sensitivity(tuned)
-    if small_batch:
-        study.setting("3M", {
-            arm: small_batch[arm] for arm in ("adamw", "lion", "steered")})
-    if longer:
-        study.setting("1k-x16", {"adamw": longer["adamw-tokens"], **{arm: longer[arm] for arm in (
-            "lion", "steered", "sophiag-published", "lion-published")}})
-        study.learning_rates("1k-x16", "adamw-published", longer["adamw-published"])
-    study.setting("32k", tuned)
-    study.setting("32k-seeds", points("adamw", "lion", "sophiag", "steered"), RETUNING_SEEDS)
-    study.finals("8k-gpu", points("adamw", "steered"))
+    study.schedules(base["adamw"])
+    for arm in "adamw", "lion", "steered", "muon":
+        study.learning_rate("quick", arm, base[arm])
+    medium = study.length("1k", {arm: base[arm] for arm in ARMS})
+    if not medium:
+        return study
+    study.length("1k-x4", {arm: medium[arm] for arm in ("adamw", "lion", "steered", "muon")})
+    study.sensitivity(medium)
+    study.ablations(medium)
+    for setting in "0.1M", "0.3M", "1M":
+        study.compare(setting, {arm: medium[arm] for arm in ("adamw", "steered", "muon")}, factor=2)
     return study

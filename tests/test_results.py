@@ -48,7 +48,7 @@ def whole_study():
             loss = 1.3 + 0.01 * math.log(lr / 2e-3) ** 2 + 0.003 * seed
             loss -= 0.02 * ("sophiag" in words)
             rows[name] = {"name": name, "final_val_loss": loss, "win_rate": 0.3, "seconds": 36,
-                          "machine": "NVIDIA" if name.startswith("32k") else "AMD",
+                          "machine": "NVIDIA" if name.startswith("1M") else "AMD",
                           "words": words}
         plan = rules.make_plan(rows).plan
     return rows
@@ -63,8 +63,14 @@ def test_every_table_and_figure_of_a_whole_study(copy):
         table = csv.DictWriter(file, rows[0])
         table.writeheader()
         table.writerows(rows)
+    with open(copy / "results/study_curves.csv", "w", newline="") as file:
+        table = csv.DictWriter(file, ["name", "iter", "val_loss"])
+        table.writeheader()
+        table.writerows({"name": row["name"], "iter": step, "val_loss": 2.5}
+                        for row in rows if row["name"].startswith("gate/") for step in (0, 400))
     report(copy)
-    assert sorted(p.name for p in copy.glob("results/*.png")) == ["gap.png", "sensitivity.png"]
+    assert sorted(p.name for p in copy.glob("results/*.png")) == [
+        "gap.png", "gate.png", "sensitivity.png"]
     _, text = pages(copy).values()
     assert "Not run yet" not in text
     steered = re.search(r"8,192 tokens.*?adapted ρ \| \S+ \| (\S+) ± \S+ \| (\S+) ±", text, re.S)

@@ -45,17 +45,24 @@ def names(plan, *parts):
 
 def test_every_arm_has_as_many_trials_on_a_seed_that_is_no_finals(steps):
     plan = steps[-1][0]
-    for arm in rules.ARMS:
-        trials = names(plan, "8k", "tune", arm)
-        assert len(trials) == 20
-        assert {plan[name][-1] for name in trials} == {"--seed=1"}
-        assert len({tuple(plan[name]) for name in trials}) == 20
+    for setting, trials in ("8k", 20), ("1k", 12), ("1k-x4", 12):
+        arms = rules.ARMS if setting != "1k-x4" else ("adamw", "lion", "steered", "muon")
+        assert {name.split("/")[2] for name in names(plan, setting, "tune")} == set(arms)
+        for arm in arms:
+            found = names(plan, setting, "tune", arm)
+            assert len({tuple(plan[name]) for name in found}) == len(found) == trials
+            assert {plan[name][-1] for name in found} == {"--seed=1"}
 
 
-def test_no_final_is_planned_before_all_trials_are_run(steps):
+def test_the_gate_comes_before_tuning_and_tuning_before_finals(steps):
+    assert all(name.startswith("gate/") for name in steps[0][0])
     for plan, done in steps:
-        if any("/final/" in name for name in plan):
-            assert len([name for name in done if "/tune/" in name]) == 20 * len(rules.ARMS)
+        if names(plan, "8k", "tune"):
+            assert len([name for name in done if name.startswith("gate/")]) == 8
+        for setting in rules.TRIALS:
+            if names(plan, setting, "final"):
+                trials = names(plan, setting, "tune")
+                assert done.issuperset(trials) and len(trials) >= 4 * rules.TRIALS[setting]
 
 
 def test_a_run_that_is_done_stays_as_it_was_planned(steps):
@@ -65,17 +72,18 @@ def test_a_run_that_is_done_stays_as_it_was_planned(steps):
 
 def test_finals_are_at_the_best_learning_rate(steps):
     plan = steps[-1][0]
-    for setting in "1k", "1k-x4", "3M", "1k-x16", "32k", "32k-seeds":
-        for arm in "adamw", "lion", "steered":
-            rates = defaultdict(list)
+    for setting in "8k", "1k", "1k-x4", "0.1M", "0.3M", "1M":
+        for arm in "adamw", "steered", "muon":
+            rates = defaultdict(set)
             for name in names(plan, setting, "lr", arm):
                 cfg = config(plan[name])
-                rates[loss(cfg)].append(cfg.learning_rate)
+                assert cfg.seed in (7, 8)
+                rates[cfg.learning_rate].add(cfg.seed)
+            assert 3 <= len(rates) <= 6 and set(map(len, rates.values())) == {2}
             finals = [config(plan[name]) for name in names(plan, setting, "final", arm)]
             assert {cfg.seed for cfg in finals} >= {2, 3, 4}
-            chosen = {cfg.learning_rate for cfg in finals}
-            assert 5 <= len({rate for found in rates.values() for rate in found}) <= 8
-            assert chosen == {rates[min(rates)][0]}
+            best = min(rates, key=lambda rate: abs(math.log(rate / 3.3e-3)))
+            assert {cfg.learning_rate for cfg in finals} == {best}
 
 
 def test_a_close_gap_to_adamw_gets_two_more_seeds():

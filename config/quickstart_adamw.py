@@ -4,6 +4,7 @@ dataset = "pystdlib"
 n_layer = 4
 n_head = 4
 n_embd = 128
+init_std = n_embd**-0.5
 block_size = 256
 batch_size = 8
 total_batch_size = 8   # 2,048 tokens per step

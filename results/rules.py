@@ -47,7 +47,7 @@ SETTINGS = {
             "--eval_iters=11"], 1600),
     "quick": (["config/quickstart_sophiag.py"], 1200),   # all four differ only in the optimizer
 }
-TRIALS = {"8k": 20, "1k": 12, "1k-x4": 12}
+TRIALS = {"quick": 8, "8k": 20, "1k": 12, "1k-x4": 12}
 # Values around the tuned point at 1,024 tokens and 1,600 steps, each on the tuning seed.
 SENSITIVITY = {
     "adamw": {"learning_rate": (0.25, 0.5, 2, 4), "momentum": (3, 5, 20, 40),
@@ -239,12 +239,14 @@ class Study:
 
 def make_plan(rows):
     study = Study(rows)
-    base = study.length("8k", START) if study.gate() else None
+    if not study.gate():
+        return study
+    for arm in "adamw", "lion", "steered", "muon":
+        study.tuning("quick", arm, START[arm])
+    base = study.length("8k", START)
     if not base:
         return study
     study.schedules(base["adamw"])
-    for arm in "adamw", "lion", "steered", "muon":
-        study.learning_rate("quick", arm, base[arm])
     medium = study.length("1k", {arm: base[arm] for arm in ARMS})
     if not medium:
         return study

@@ -2,7 +2,7 @@
 train.py with a fault of the official code: all ranks draw labels from the same random numbers. Here
 each sequence stands for a rank: all sequences of a Hessian batch use the noise of its first.
 
-    python results/shared_noise.py results/small.py --seed=1 ...     # words of train.py
+    python results/shared_noise.py results/base.py --seed=1 ...     # words of train.py
 """
 import os
 import sys

@@ -113,9 +113,6 @@ def main(argv):
                 print(f"{name}: OMP_NUM_THREADS=1 python {script}{' '.join(words)}")
             return
         waiting = [name for name in plan if name not in rows and name not in running]
-        # A trial waits for the arm's one before, so all arms advance together. Finals go first.
-        waiting.sort(key=lambda name: ("/final/" not in name,
-                                       name[-2:] if "/tune/" in name else "all trials"))
         while waiting and len(running) < JOBS:
             name = waiting.pop(0)
             running[name] = start(name, plan[name]), plan[name]

@@ -45,8 +45,8 @@ def names(plan, *parts):
 
 def test_every_arm_has_as_many_trials_on_a_seed_that_is_no_finals(steps):
     plan = steps[-1][0]
-    for setting, trials in ("8k", 20), ("1k", 12), ("1k-x4", 12):
-        arms = rules.ARMS if setting != "1k-x4" else ("adamw", "lion", "steered", "muon")
+    for setting, trials in ("quick", 8), ("8k", 20), ("1k", 12), ("1k-x4", 12):
+        arms = rules.ARMS if setting in ("8k", "1k") else ("adamw", "lion", "steered", "muon")
         assert {name.split("/")[2] for name in names(plan, setting, "tune")} == set(arms)
         for arm in arms:
             found = names(plan, setting, "tune", arm)

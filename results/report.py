@@ -239,7 +239,7 @@ def gate_figure():
             label = NAMES[arm] + f", {SQRT}" * (i == 1)
             ax.plot(*zip(*curves[f"gate/{arm}"]), color=colour, linestyle=line, label=label)
             if i == 1:
-                ax.plot(*zip(*curves[f"gate/{arm}/0.02"]), color=colour, linewidth=0.8,
+                ax.plot(*zip(*curves[f"gate/{arm}-0.02"]), color=colour, linewidth=0.8,
                         linestyle=line, marker=".", label=f"{NAMES[arm]}, 0.02")
         ax.set(ylim=(1.2, 3.4), ylabel="validation loss (nats/byte)")
         ax.legend(frameon=False, fontsize=8)

@@ -115,7 +115,7 @@ class Study:
             gate = words("8k", arm, START[arm], TUNING_SEED, evaluations=20)
             found.append(self.add(f"gate/{arm}", gate))
             if arm in ("adamw", "steered"):
-                found.append(self.add(f"gate/{arm}/0.02", [*gate, "--init_std=0.02"]))
+                found.append(self.add(f"gate/{arm}-0.02", [*gate, "--init_std=0.02"]))
         return None not in found
 
     def tuning(self, setting, arm, start):

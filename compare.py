@@ -22,7 +22,7 @@ EVALUATION_SETTINGS = ("dataset", "block_size", "total_batch_size", "eval_iters"
 # If any of these differ, a speed-up may not be due to the optimizer.
 SHARED_SETTINGS = EVALUATION_SETTINGS + (
     "max_iters", "lr_decay_iters", "decay_lr", "seed", "init_from", "n_layer", "n_head", "n_embd",
-    "dropout", "bias", "scale_attn_by_inverse_layer_idx")
+    "init_std", "dropout", "bias", "scale_attn_by_inverse_layer_idx")
 
 NOTE = """\
 Loss diff: val loss minus the baseline's, interpolated between evaluations. Its standard error is

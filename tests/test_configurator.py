@@ -78,7 +78,7 @@ def test_gpt2_xl_configs_hold_the_authors_numbers(optimizer, lr, decay, betas):
 
 def test_quickstarts_differ_only_in_the_optimizers_own_knobs():
     configs = [dataclasses.asdict(load_config([str(p)])) for p in CONFIGS if "quick" in p.stem]
-    assert {config["optimizer"] for config in configs} == {"adamw", "lion", "sophiag"}
+    assert {config["optimizer"] for config in configs} == {"adamw", "lion", "muon", "sophiag"}
     shared = [{k: v for k, v in config.items() if k not in OWN} for config in configs]
     assert all(other == shared[0] for other in shared)
     assert shared[0]["dataset"] == "pystdlib"   # it needs no download

@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
 [ -f data/pystdlib/meta.json ] || $python data/pystdlib/prepare.py
-for optimizer in sophiag lion; do   # times of a step: on an idle machine
+for optimizer in sophiag lion muon; do   # times of a step: on an idle machine
     times=results/step-$optimizer.json
     [ -f $times ] || OMP_NUM_THREADS=1 $python bench.py results/base.py --optimizer=$optimizer \
         --warmup_iters=0 --only=step --repeat=20 --json=$times

@@ -147,8 +147,8 @@ def draw_clipping(ratios, path):
 def draw_quickstart(folder, path):
     """Validation loss and win_rate of the quickstart runs in folder."""
     runs = []
-    for optimizer, name in ("sophiag", "SophiaG"), ("adamw", "AdamW"), ("lion", "Lion"):
-        if os.path.isdir(run_dir := os.path.join(folder, f"quickstart-{optimizer}")):
+    for name in "SophiaG", "AdamW", "Lion", "Muon":
+        if os.path.isdir(run_dir := os.path.join(folder, f"quickstart-{name.lower()}")):
             runs.append(read_run(run_dir))
             runs[-1].name = name
     figure = Figure(figsize=(4.8, 5.2), dpi=160, layout="constrained")

@@ -3,12 +3,14 @@ Batches from token files, a pure function of (seed, stream, step). The batch of 
 depend on world size, micro-batch size or restarts, so a resumed run needs only the step.
 
 data/NAME/{train,val}.bin hold little-endian uint16 or uint32 token ids. meta.json names their
-tokenizer. Bins without a meta.json are read as nanoGPT's: GPT-2 tokens in uint16.
+tokenizer. Bins without it are nanoGPT's, in uint16: characters if there is a meta.pkl, else GPT-2
+tokens.
 """
 import functools
 import hashlib
 import json
 import os
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -17,17 +19,44 @@ import torch
 from script import ROOT, RankError, UserError
 
 STREAMS = ("train", "hessian")   # each shuffles train.bin independently
-GPT2_META = {"vocab_size": 50257, "tokenizer": "gpt2", "dtype": "uint16", "eot_id": 50256}
+GPT2_META = {"vocab_size": 50257, "tokenizer": "gpt2", "dtype": "uint16", "eot_id": 50256,
+             "note": "gpt2 is assumed, because there is no meta.json or meta.pkl"}
+
+
+class PlainUnpickler(pickle._Unpickler):   # the one in C allocates any size that a file asks for
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it names {module}.{name}, so loading it could run code")
+
+
+def read_characters(path):
+    """What load_meta returns, from the meta.pkl of nanoGPT's character data: a dict with vocab_size
+    and itos, {token id: character}. tokenizer is the list of characters. Raises UserError."""
+    try:
+        with open(path, "rb") as file:
+            meta = PlainUnpickler(file).load()
+        size, itos = meta["vocab_size"], meta["itos"]
+        characters = [itos[i] for i in range(size)]
+        if not (type(size) is int and all(type(c) is str for c in characters)
+                and len({*characters}) == len(itos) > 0):
+            raise ValueError("itos does not map token ids to distinct characters")
+    except Exception as error:   # a damaged pickle can raise anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{path} is refused, since it is not nanoGPT's for characters "
+                        f"({reason})") from None
+    return {"vocab_size": size, "tokenizer": characters, "dtype": "uint16", "eot_id": None,
+            "note": f"{size} characters, from meta.pkl"}
 
 
 def load_meta(data_dir):
-    """The data set's meta.json: vocab_size, tokenizer, dtype, eot_id... Raises UserError."""
+    """The data set's meta.json: vocab_size, tokenizer, dtype, eot_id... Without it, the same of
+    nanoGPT's data, with a note for the user. Raises UserError."""
     if not os.path.isdir(data_dir):
         known = sorted(path.parent.name for path in Path(ROOT, "data").glob("*/prepare.py"))
         raise UserError(f"no data set {data_dir}; choose {', '.join(known)} or give a path")
     path = os.path.join(data_dir, "meta.json")
     if not os.path.exists(path):
-        return GPT2_META
+        characters = os.path.join(data_dir, "meta.pkl")
+        return read_characters(characters) if os.path.exists(characters) else GPT2_META
     try:
         with open(path, encoding="utf-8") as file:
             meta = json.load(file)

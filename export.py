@@ -94,6 +94,9 @@ def main(argv):
     path = checkpoint.find_best(args.run)
     saved = checkpoint.load(path)
     tokenizer = get_tokenizer(saved["tokenizer"])
+    if tokenizer.eot_id is None:
+        raise UserError(f"{path} cannot be exported: its tokens are the characters of a meta.pkl, "
+                        f"and GPT-2's tokenizers need an end-of-text token")
     model = GPT(GPTConfig(**saved["model_args"]))
     model.load_state_dict(saved["model"])
     tokenizer_json, tokenizer_config = hf_tokenizer(tokenizer)

@@ -56,7 +56,10 @@ def find_start(cfg, data):
     elif source in HUB:
         source = ddp.broadcast_from_rank0(lambda: download(cfg.init_from))
     ddp.print0(f"weights from {source}")
-    return load_weights(source, data.meta["vocab_size"], cfg.bias)
+    start = load_weights(source, data.meta["vocab_size"], cfg.bias)
+    if start.pop("tokenizer", data.meta["tokenizer"]) != data.meta["tokenizer"]:
+        raise UserError(f"{source} was trained with another tokenizer than {cfg.data_dir}")
+    return start
 
 
 def is_checkpoint(start):
@@ -162,9 +165,9 @@ def read_hf_folder(folder):
 
 def load_weights(source, vocab_size, bias):
     """
-    {"model": state_dict of our GPT, "model_args": those of GPTConfig}. source: a file (a checkpoint
-    of ours, nanoGPT's or official Sophia's) or a folder (with a ckpt.pt, or Hugging Face's). Raises
-    UserError.
+    {"model": state_dict of our GPT, "model_args": those of GPTConfig}, and of our checkpoints also
+    "tokenizer". source: a file (a checkpoint of ours, nanoGPT's or official Sophia's) or a folder
+    (with a ckpt.pt, or Hugging Face's). Raises UserError.
 
     vocab_size: tokens of the data. The embedding in source has one row per token, which we pad with
     zeros, or is already padded like ours.
@@ -182,7 +185,7 @@ def load_weights(source, vocab_size, bias):
     if "iter_num" in saved:   # ours has step
         return convert(source, saved.get("model_args"), saved.get("model"), vocab_size, bias)
     checkpoint.check(saved, source)
-    return {"model": saved["model"], "model_args": saved["model_args"]}
+    return {key: saved[key] for key in ("model", "model_args", "tokenizer")}
 
 
 def convert(source, config, found, vocab_size, bias):

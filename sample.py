@@ -50,7 +50,7 @@ def main(argv):
     model.eval().to(device)
     print(f"{path}: {model.num_params() / 1e6:.2f}M parameters, step {saved['step']}")
 
-    ids = tokenizer.encode(prompt) or [tokenizer.eot_id]   # in training, a document follows it
+    ids = tokenizer.encode(prompt) or [tokenizer.start_id]   # in training, a document follows it
     if max(ids) >= model.config.vocab_size:
         raise UserError(f"the model in {path} has {model.config.vocab_size} tokens, fewer than "
                         f"its tokenizer {tokenizer.name}")

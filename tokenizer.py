@@ -1,4 +1,4 @@
-"""The tokenizers that a data set's meta.json can name: bytes, gpt2, other tiktoken encodings."""
+"""The tokenizers of data sets: bytes, gpt2, other encodings of tiktoken, nanoGPT's characters."""
 import os
 from importlib.util import find_spec
 
@@ -12,7 +12,7 @@ ENCODER_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf6367
 
 class Bytes:
     """UTF-8 bytes 0-255 and an end-of-text id. There is no vocabulary to download."""
-    name, vocab_size, eot_id = "bytes", 257, 256
+    name, vocab_size, eot_id, start_id = "bytes", 257, 256, 256
     tokens_per_byte = 1
 
     def encode(self, text):
@@ -35,6 +35,7 @@ class Tiktoken:
     def __init__(self, name):
         self.name, self.bpe = name, load_encoding(name)
         self.vocab_size, self.eot_id = self.bpe.n_vocab, self.bpe.eot_token
+        self.start_id = self.eot_id
 
     def encode(self, text):
         return self.bpe.encode_ordinary(text)
@@ -47,6 +48,25 @@ class Tiktoken:
 
     def byte_strings(self):
         return {self.bpe.decode_single_token_bytes(i): i for i in range(self.eot_id)}
+
+
+class Characters:
+    """nanoGPT's characters: token i is characters[i]. Documents have no end."""
+    name, eot_id = "characters", None
+
+    def __init__(self, characters):
+        self.characters, self.ids = characters, {c: i for i, c in enumerate(characters)}
+        self.start_id = self.ids.get("\n", 0)   # as in nanoGPT
+
+    def encode(self, text):
+        unknown = sorted(set(text) - set(self.ids))
+        if unknown:
+            raise UserError(f"the vocabulary has no {unknown[0]!r}; it has the characters "
+                            f"{''.join(self.characters)[:100]!r}")
+        return [self.ids[c] for c in text]
+
+    def decode(self, ids):
+        return "".join(self.characters[i] for i in ids)
 
 
 def load_encoding(name):
@@ -78,6 +98,12 @@ def load_encoding(name):
 
 
 def get_tokenizer(name):
-    """Bytes or Tiktoken. decode() drops eot_id, which ends every document; byte_strings() returns
-    {bytes: id} of all other tokens; tokens_per_byte is an estimate. Raises UserError."""
+    """
+    Bytes, Tiktoken or, for a list of characters instead of a name, Characters. Text starts after
+    start_id. decode() drops eot_id, which ends every document. Of Bytes and Tiktoken,
+    byte_strings() returns {bytes: id} of all other tokens, and tokens_per_byte is an estimate.
+    Raises UserError.
+    """
+    if isinstance(name, list):
+        return Characters(name)
     return Bytes() if name == "bytes" else Tiktoken(name)

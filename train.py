@@ -118,10 +118,11 @@ def evaluate(raw_model, data, autocast):
 
 
 def sample_text(raw_model, tokenizer, eot_id, cfg):
-    """A sample from the model after an end-of-text token, with the same seed each time."""
+    """A new document from the model, with the same seed each time. eot_id: None for characters."""
     device = raw_model.lm_head.weight.device
+    start = tokenizer.start_id if eot_id is None else eot_id
     raw_model.eval()
-    ids = raw_model.generate(torch.tensor([[eot_id]], device=device), cfg.sample_tokens, top_k=200,
+    ids = raw_model.generate(torch.tensor([[start]], device=device), cfg.sample_tokens, top_k=200,
                              temperature=0.8, eot_id=eot_id,
                              generator=torch.Generator(device).manual_seed(cfg.seed))
     raw_model.train()
@@ -144,7 +145,8 @@ def print_summary(cfg, world, data, model, dtype, compiled, why_not):
                   f"steps, averaged over {memory_steps:,.0f} steps "
                   f"({memory_steps / cfg.max_iters:.0%} of the run)")
     ddp.print0(f"data: {cfg.data_dir}, {data.tokens.count:,} training tokens "
-               f"({data.meta['tokenizer']}); {cfg.max_iters} steps are {epochs:.2f} epochs\n"
+               f"({data.meta.get('note', data.meta['tokenizer'])}); {cfg.max_iters} steps are "
+               f"{epochs:.2f} epochs\n"
                f"batch: {batch}\n"
                f"model: {model.num_params() / 1e6:.2f}M parameters, "
                f"{model.flops_per_token() / 1e9:.3f} GFLOP per token\n"

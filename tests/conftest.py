@@ -5,6 +5,7 @@ the commands of a page and compare runs.
 import json
 import multiprocessing
 import os
+import pickle
 import re
 import runpy
 import shutil
@@ -227,6 +228,19 @@ def write_data(folder, train_tokens, val_tokens, vocab_size=65, **meta):
             "dtype": "uint16", "train_tokens": len(train_tokens), "val_tokens": len(val_tokens),
             **meta}
     (folder / "meta.json").write_text(json.dumps(meta))
+    return folder
+
+
+def write_characters(folder, text):
+    """Write text as nanoGPT's data/shakespeare_char/prepare.py does. Returns the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    characters = sorted(set(text))
+    stoi, itos = {c: i for i, c in enumerate(characters)}, dict(enumerate(characters))
+    ids = np.array([stoi[c] for c in text], dtype=np.uint16)
+    ids[:len(ids) * 9 // 10].tofile(folder / "train.bin")
+    ids[len(ids) * 9 // 10:].tofile(folder / "val.bin")
+    with open(folder / "meta.pkl", "wb") as file:
+        pickle.dump({"vocab_size": len(characters), "itos": itos, "stoi": stoi}, file)
     return folder
 
 

@@ -4,17 +4,19 @@ tests a token is its own position in the file, so x shows the windows.
 """
 import json
 import os
+import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, flags, write_data
+from conftest import TINY, MakesFolder, flags, write_characters, write_data
 
 from configurator import load_config
 from dataloader import DataLoader
 from ddp import World
 from script import UserError
+from tokenizer import get_tokenizer
 
 T = 16
 TRAIN, VAL = 2021, 600   # tokens: 125 training windows of 16, 37 validation windows
@@ -151,6 +153,35 @@ def test_ranks_share_the_evaluation(positions, size):
         whole, = val_starts(positions, eval_iters=eval_iters)
         assert sorted(sum(shares, [])) == whole
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_characters_of_nanogpt_have_the_vocabulary_of_their_meta_pkl(tmp_path):
+    text = "To be, or not to be:\n\u00fcber 100 \u00e9toiles.\n" * 50
+    batches = loader(write_characters(tmp_path, text))
+    assert batches.meta["vocab_size"] == len(set(text)) and batches.meta["eot_id"] is None
+    tokenizer = get_tokenizer(batches.meta["tokenizer"])
+    x, y = batches.train(0)
+    for row, next_row in zip(x.tolist(), y.tolist()):
+        assert tokenizer.decode(row) in text and tokenizer.decode(row + next_row[-1:]) in text
+        assert tokenizer.encode(tokenizer.decode(row)) == row
+    with pytest.raises(UserError, match="the vocabulary has no 'q'"):
+        tokenizer.encode("quiet")
+
+
+@pytest.mark.parametrize("meta, named", [
+    ({"vocab_size": 65}, "itos"), ({"vocab_size": 3, "itos": {0: "a", 1: "b"}}, "KeyError: 2"),
+    ({"vocab_size": 2, "itos": {0: "a", 1: "b", 2: "c"}}, "distinct"),
+    ({"vocab_size": 2, "itos": {0: "a", 1: "a"}}, "distinct"),
+    ({"vocab_size": 2, "itos": {0: "a", 1: 1}}, "distinct"), ([65], "TypeError"),
+    ({"vocab_size": True, "itos": {0: "a"}}, "itos"), ({"vocab_size": 0, "itos": {}}, "itos"),
+    (MakesFolder("made_by_meta_pkl"), "posix.mkdir, so loading it could run code")])
+def test_another_meta_pkl_is_refused_and_runs_no_code(tmp_path, monkeypatch, meta, named):
+    monkeypatch.chdir(tmp_path)
+    folder = write_characters(tmp_path / "data", "abc" * 200)
+    (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
+    with pytest.raises(UserError, match="meta.pkl is refused") as caught:
+        loader(folder)
+    assert named in str(caught.value) and not (tmp_path / "made_by_meta_pkl").exists()
 
 
 def test_bins_of_nanogpt_are_gpt2_tokens(tmp_path):

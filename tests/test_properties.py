@@ -4,6 +4,7 @@ cases.
 """
 import json
 import math
+import pickle
 from argparse import Namespace
 from dataclasses import fields
 
@@ -100,6 +101,15 @@ def test_any_bytes_in_meta_json_are_valid_or_an_error(content, tmp_path):
     folder = write_data(tmp_path, [1] * 100, [1] * 100)
     (folder / "meta.json").write_bytes(content)
     valid(load_meta, str(folder))
+
+
+@given(content=st.binary(max_size=200))
+@example(content=b"}r\xff\xff\xff\x7f.")   # would allocate 64 GB in C
+@example(content=pickle.dumps({"vocab_size": 1, "itos": {0: "a"}}))
+def test_any_bytes_in_meta_pkl_are_valid_or_an_error(content, tmp_path):
+    (tmp_path / "meta.pkl").write_bytes(content)
+    found = valid(load_meta, str(tmp_path))
+    assert found is None or found["vocab_size"] == len(found["tokenizer"]) > 0
 
 
 def make_loader(folder, block_size, batch, ranks, rank):

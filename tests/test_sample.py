@@ -2,7 +2,7 @@
 import json
 
 import pytest
-from conftest import records, run, train, write_data
+from conftest import records, run, train, write_characters, write_data
 
 import checkpoint
 
@@ -70,3 +70,23 @@ def test_compare_shows_the_last_and_the_best_evaluation(trained, tiny_data, tmp_
         assert f"{min(e['val/loss'] for e in evaluations):.4f}" in row
         assert f"{evaluations[-1]['tokens']:,}" in row
     assert json.loads((trained / "config.json").read_text())["optimizer"] in first
+
+
+def test_a_model_of_nanogpts_characters_samples_characters(tmp_path):
+    """The start-up line names the vocabulary. Samples start after a line break, and do not end."""
+    data = write_characters(tmp_path / "characters", "h\u00e9llo wurld.\n" * 300)
+    output = train(tmp_path / "run", data, max_iters=150, lr_decay_iters=150, eval_interval=150,
+                   learning_rate=3e-3, optimizer="adamw", log_interval=50, sample_tokens=30)
+    assert "(11 characters, from meta.pkl)" in output
+    assert records(tmp_path / "run", "sample")[-1]["sample"] == ("h\u00e9llo wurld.\n" * 3)[:30]
+    words = (tmp_path / "run", "--temperature=0", "--max_new_tokens=30")
+    assert text_of(run("sample.py", *words)) == [("h\u00e9llo wurld.\n" * 3)[:30]]
+    assert text_of(run("sample.py", *words, "--prompt=wu")) == [
+        ("wurld.\n" + "h\u00e9llo wurld.\n" * 2)[:32]]
+    for script, word, named in (("sample.py", "--prompt=x", "the vocabulary has no 'x'"),
+                                ("export.py", f"--out={tmp_path}/out", "cannot be exported")):
+        done = run(script, tmp_path / "run", word)
+        assert done.returncode == 2 and named in done.stderr and done.stderr.count("\n") == 1
+    other = write_characters(tmp_path / "other", "HELLO WURLd.\n" * 300)
+    with pytest.raises(AssertionError, match="trained with another tokenizer"):
+        train(tmp_path / "tuned", other, init_from=tmp_path / "run")

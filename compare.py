@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from configurator import FIELDS
-from metrics import read_metrics
+from records import read_metrics
 from script import ArgumentParser, UserError, run_script
 
 # If these differ, the runs evaluate on different windows and their val losses are not comparable.

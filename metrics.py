@@ -1,20 +1,16 @@
 """
-Metrics: each record goes to the console, to metrics.jsonl and to wandb. Between two log lines this
-counts clipped and skipped steps on the device, and training time.
+Metrics: what training measures. Between two log lines this counts clipped and skipped steps on the
+device, and training time. It ends a run that diverged.
 """
-import json
 import math
-import os
-import subprocess
 import time
-from dataclasses import asdict
 from datetime import timedelta
 
 import torch
 
 import ddp
-from configurator import to_json
-from script import ROOT, UserError, write_atomically
+from records import RecordWriter
+from script import UserError
 
 WIN_RATES, ADVISE_AFTER = (0.05, 0.9), 20   # advise on rho after 20 log lines outside this range
 MAX_SKIPPED = 20   # in a row. A GradScaler that starts at 2**16 finds its scale sooner
@@ -23,19 +19,10 @@ MAX_SKIPPED = 20   # in a row. A GradScaler that starts at 2**16 finds its scale
 COUNTS = ("clipped", "loss_max", "skipped", "in_a_row")
 
 
-def git_commit():
-    """This code's commit, with '-dirty' after uncommitted changes; None outside a repository."""
-    try:
-        words = ["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=40"]
-        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 class Metrics:
     """
-    Every rank has one, which counts on its own device. Rank 0 alone writes. state: the state_dict()
-    of the checkpoint that the run resumes from, or None.
+    Every rank has one, which counts on its own device. state: the state_dict() of the checkpoint
+    that the run resumes from, or None.
     """
 
     def __init__(self, cfg, world, flops_per_token, peak, state=None, step=0):
@@ -46,56 +33,17 @@ class Metrics:
             setattr(self, name, torch.tensor(float(state[name]), device=world.device))
         self.stuck_at = torch.zeros((), device=world.device)
         self.seconds = state["seconds"]       # spent in training steps, over all restarts
-        self.wandb_id = state["wandb_id"]
         self.started_at = None
         self.logged = (step, self.seconds)    # at the last log line
         self.first = self.logged              # when this process started
         self.unhealthy = 0                    # log lines in a row outside WIN_RATES
-        self.file = self.wandb = None
-        if world.is_rank0 and not cfg.eval_only:
-            self._open(step)
-
-    def _open(self, step):
-        path = os.path.join(self.cfg.out_dir, "metrics.jsonl")
-        # A resumed run logs the steps after its checkpoint again.
-        old = [r for r in read_metrics(path) if r["iter"] <= step] if step else []
-        self.samples = [[r["iter"], r["sample"]] for r in old if "sample" in r]
-        kept = "".join(json.dumps(r) + "\n" for r in old)
-        write_atomically(os.path.join(self.cfg.out_dir, "config.json"), to_json(self.cfg).encode())
-        write_atomically(path, kept.encode())
-        self.file = open(path, "a", encoding="utf-8")
-        if self.cfg.wandb_log:
-            self._open_wandb()
-
-    def _open_wandb(self):
-        try:
-            import wandb  # slow to import
-        except ImportError:
-            raise UserError("wandb_log=True needs the package wandb: pip install wandb") from None
-        settings = dict(
-            project=self.cfg.wandb_project, name=self.cfg.wandb_run_name, group=self.cfg.group,
-            dir=self.cfg.out_dir, id=self.wandb_id, resume="allow",
-            config={**asdict(self.cfg), "git_commit": git_commit()})
-        try:
-            self.wandb = wandb.init(**settings)
-        except wandb.Error as error:   # no key, no network
-            reason = str(error).splitlines()[0].rstrip(".")
-            ddp.print0(f"wandb: {reason}; logging offline. Upload it later with: wandb sync "
-                       f"{self.cfg.out_dir}/wandb/offline-run-*")
-            self.wandb = wandb.init(**settings, mode="offline")
-        self.wandb_id = self.wandb.id
-        # wandb's own step counter rejects steps that a resumed run logs again, so charts use these.
-        for name in ("iter", "tokens", "flops", "hours"):
-            self.wandb.define_metric(name)
-        self.wandb.define_metric("*", step_metric="iter")
-        self.wandb.define_metric("val/loss", step_metric="iter", summary="min")
+        self.writer = RecordWriter(cfg, world.is_rank0, step, state["wandb_id"])
 
     def state_dict(self):
         """State for a checkpoint. All records so far are on disk when this returns."""
-        if self.file:
-            self._append("", to_disk=True)
+        self.writer.flush()
         counts = {name: ddp.all_reduce_max(float(getattr(self, name))) for name in COUNTS}
-        return {**counts, "seconds": self.seconds, "wandb_id": self.wandb_id}
+        return {**counts, "seconds": self.seconds, "wandb_id": self.writer.wandb_id}
 
     def start_clock(self):
         """Start counting training time, unless the clock already runs."""
@@ -124,8 +72,7 @@ class Metrics:
                           f"{step}")
 
     def _give_up(self, what):
-        if self.wandb:
-            self.wandb.alert("training gave up", f"{self.cfg.out_dir}: {what}", "ERROR")
+        self.writer.alert(what)
         raise UserError(f"{what}; checkpoints in {self.cfg.out_dir} are intact. Resume with a "
                         f"lower learning_rate, or start again with more warmup_iters or another "
                         f"seed")
@@ -152,8 +99,7 @@ class Metrics:
             record["mfu"] = rate * self.flops_per_token / (self.peak * self.world.size)
         pace = (self.seconds - self.first[1]) / (step - self.first[0])
         left = timedelta(seconds=round(pace * (self.cfg.max_iters - step)))
-        parts = [f"step {step}/{self.cfg.max_iters}", f"loss {record['train/loss']:.4f}",
-                 f"lr {lr:.2e}"]
+        parts = [f"loss {record['train/loss']:.4f}", f"lr {lr:.2e}"]
         if "train/win_rate" in record:
             parts.append(f"win_rate {record['train/win_rate']:.3f}")
         parts += [f"grad_norm {record['grad_norm']:.2f}", f"{rate:,.0f} tok/s"]
@@ -176,67 +122,15 @@ class Metrics:
         if not math.isfinite(val_loss):
             self._give_up(f"validation loss is {val_loss} at step {step}")
         self._write(step, {"val/loss": val_loss, "val/loss_stderr": stderr},
-                    f"step {step}/{self.cfg.max_iters} | val loss {val_loss:.4f} +- {stderr:.4f}")
+                    f"val loss {val_loss:.4f} +- {stderr:.4f}")
 
     def log_sample(self, step, text):
         """Log sample text, on rank 0 only."""
-        self._write(step, {"sample": text},
-                    f"step {step}/{self.cfg.max_iters} | sample {text[:60]!r}")
+        self._write(step, {"sample": text}, f"sample {text[:60]!r}")
 
     def _write(self, step, record, line):
-        if not self.world.is_rank0:
-            return
-        ddp.print0(line)
-        if not self.file:   # eval_only
-            return
         tokens = step * self.cfg.tokens_per_step
-        record = {"iter": step, "tokens": tokens, "flops": tokens * self.flops_per_token,
-                  "seconds": round(self.seconds, 3), "hours": self.seconds / 3600, **record}
-        # A skipped step has nan values, which JSON does not allow.
-        record = {k: v for k, v in record.items() if isinstance(v, str) or math.isfinite(v)}
-        self._append(json.dumps(record) + "\n")
-        if self.wandb:
-            if "sample" in record:
-                from wandb import Table
-                self.samples.append([step, record["sample"]])
-                record["sample"] = Table(columns=["iter", "text"], data=self.samples)
-            self.wandb.log(record)
-
-    def _append(self, text, to_disk=False):
-        try:
-            self.file.write(text)
-            self.file.flush()
-            if to_disk:
-                os.fsync(self.file.fileno())
-        except OSError as error:
-            path, self.file = self.file.name, None   # closing it would write again
-            raise UserError(f"cannot write {path}: {error.strerror}; checkpoints are "
-                            f"intact") from None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, error_type, error, trace):
-        if self.file:
-            self.file.close()
-        if self.wandb:
-            self.wandb.finish(exit_code=0 if error is None else 1)
-
-
-def read_metrics(path):
-    """Records of a metrics.jsonl. Ignores an incomplete last line, which a crash can leave."""
-    if not os.path.exists(path):
-        return []
-    records = []
-    with open(path, encoding="utf-8", errors="replace") as file:
-        lines = file.read().split("\n")
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            record = None
-        if isinstance(record, dict) and isinstance(record.get("iter"), int):
-            records.append(record)
-        elif line and number < len(lines):
-            raise UserError(f"{path}, line {number} is damaged: not a record; remove the line")
-    return records
+        self.writer.write({
+            "iter": step, "tokens": tokens, "flops": tokens * self.flops_per_token,
+            "seconds": round(self.seconds, 3), "hours": self.seconds / 3600, **record},
+            f"step {step}/{self.cfg.max_iters} | {line}")

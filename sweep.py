@@ -24,8 +24,8 @@ import torch
 
 from compare import Run, format_duration, read_config
 from configurator import load_config
-from metrics import read_metrics
 from plot import plot_sweep
+from records import read_metrics
 from script import ROOT, ArgumentParser, StopSignal, UserError, run_script, write_atomically
 
 

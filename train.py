@@ -213,7 +213,7 @@ def train(cfg, world):
         ddp.broadcast_from_rank0(lambda: checkpoint.lock(cfg.out_dir))
     peak = peak_flops(world.device, resolve_dtype(cfg.dtype, world.device))
     metrics = Metrics(cfg, world, raw_model.flops_per_token(), peak, metrics_state, step)
-    with metrics:
+    with metrics.writer:   # closes metrics.jsonl and wandb
         while True:
             finished = step >= cfg.max_iters
             stop_requested = ddp.all_reduce_max(int(stop.requested)) > 0   # all stop together

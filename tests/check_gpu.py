@@ -24,7 +24,7 @@ import ddp
 import train
 from configurator import load_config
 from device import pick_device
-from metrics import git_commit, read_metrics
+from records import git_commit, read_metrics
 from script import ROOT, ArgumentParser, UserError, run_script, write_atomically
 
 TIMEOUT = 300   # seconds, for the tests and for the benchmark

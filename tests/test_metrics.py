@@ -20,7 +20,7 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_com
 import checkpoint
 from configurator import FIELDS
 from device import peak_flops
-from metrics import read_metrics
+from records import read_metrics
 from script import UserError
 
 CLIP = 0.75   # about the median of this run's gradient norms

@@ -21,7 +21,7 @@ from configurator import TYPES, TrainConfig, load_config
 from data.documents import TXT_BYTES, Files
 from dataloader import DataLoader, load_meta
 from ddp import World
-from metrics import read_metrics
+from records import read_metrics
 from script import UserError
 
 NAMES = [f.name for f in fields(TrainConfig)]

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from script import RankError, UserError
+from script import LostRankError, UserError
 
 TIMEOUT = timedelta(minutes=30)   # a rank that waits longer than this for the others gives up
 
@@ -79,15 +79,16 @@ def cleanup():
 
 @contextmanager
 def explain_lost_rank():
-    """Turn gloo's error after another rank died or hung into a RankError. NCCL's errors can have
-    other causes and pass unchanged."""
+    """Turn gloo's error after another rank died or hung into a LostRankError. NCCL's errors can
+    have other causes and pass unchanged."""
     try:
         yield
     except RuntimeError as error:
         if "gloo/transport" not in str(error):
             raise
-        raise RankError(f"another rank died, or did not answer for {TIMEOUT}; its output says why. "
-                        f"Resume with --init_from=auto ({shorten(str(error), 200)})") from None
+        raise LostRankError(f"another rank died, or did not answer for {TIMEOUT}; its output says "
+                            f"why. Resume with --init_from=auto ({shorten(str(error), 200)})"
+                            ) from None
 
 
 def print0(text):

@@ -11,6 +11,7 @@ ROOT = os.path.dirname(os.path.abspath(__file__))
 
 class UserError(Exception):
     """A mistake that the user can fix. Shown as one line; exit code 2."""
+    exit_code = 2
 
 
 class RankError(UserError):
@@ -18,10 +19,16 @@ class RankError(UserError):
     UserError is printed by rank 0 alone."""
 
 
+class LostRankError(RankError):
+    """Another rank failed. A restart may help."""
+    exit_code = 1
+
+
 def run_script(main):
     """
-    Run main(argv). A UserError becomes one line on stderr and exit code 2; Ctrl-C exits with 130.
-    Under torchrun each rank also writes its error to a file, for torchrun's summary.
+    Run main(argv). A UserError becomes one line on stderr and its exit code; Ctrl-C exits with 130.
+    Under torchrun each rank also writes its error to a file, for torchrun's summary. torchrun would
+    repeat a mistake up to --max-restarts times, so the rank that printed it ends torchrun.
     """
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if error_file:
@@ -40,7 +47,10 @@ def run_script(main):
             extra = {"timestamp": str(int(time.time()))}
             with open(error_file, "w", encoding="utf-8") as file:
                 json.dump({"message": {"message": f"error: {error}", "extraInfo": extra}}, file)
-        sys.exit(2)
+            if (error.exit_code == 2 and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0"
+                    and (os.environ["LOCAL_RANK"] == "0" or isinstance(error, RankError))):
+                os.kill(os.getppid(), signal.SIGTERM)
+        sys.exit(error.exit_code)
 
 
 class ArgumentParser(argparse.ArgumentParser):

@@ -87,7 +87,8 @@ def test_torchrun_commands_are_valid(word, ranks, init_from):
     words = command(word).partition("torch.distributed.run ")[2].split()
     args = torch.distributed.run.get_args_parser().parse_args(words)
     assert args.training_script == "train.py" and args.nproc_per_node == str(ranks)
-    assert load_config(args.training_script_args, ranks).init_from == init_from
+    nodes = 2 if word == "HOST" else 1
+    assert load_config(args.training_script_args, nodes * ranks).init_from == init_from
 
 
 @pytest.mark.slow

@@ -101,9 +101,9 @@ def assert_same(run, undisturbed):
     assert_same_run(run.out_dir, undisturbed.out_dir)
 
 
-def assert_refused(process, *named):
-    """The process exits with code 2, and its last line is an error that contains all of named."""
-    assert process.end() == 2, process.output()
+def assert_refused(process, *named, code=2):
+    """The process exits with code, and its last line is an error that contains all of named."""
+    assert process.end() == code, process.output()
     lines = process.output().splitlines()
     errors = [line for line in lines if "error" in line]
     assert lines[-1:] == errors and "Traceback" not in process.output(), process.output()

@@ -247,19 +247,19 @@ def resolve(cfg, world_size=1):
                    wandb_run_name=os.path.basename(os.path.normpath(cfg.out_dir)))
     cfg = dataclasses.replace(
         cfg, **{name: v for name, v in derived.items() if getattr(cfg, name) is None})
-    for name in ("eval_interval", "log_interval", "batch_size", "total_batch_size", "block_size",
-                 "n_layer", "n_head", "n_embd", "hessian_interval", "hessian_batch_size"):
-        if getattr(cfg, name) < 1:
-            raise UserError(f"{name} must be at least 1, got {getattr(cfg, name)}")
-    for name in ("seed", "eval_iters", "sample_tokens", "max_iters", "warmup_iters",
-                 "learning_rate", "min_lr", "weight_decay", "grad_clip", "rho", "init_std"):
-        if getattr(cfg, name) < 0:
-            raise UserError(f"{name} must not be negative, got {getattr(cfg, name)}")
-    if cfg.seed >= 2**63:
-        raise UserError(f"seed must be below 2**63, got {cfg.seed}")
-    for name in ("dropout", "beta1", "beta2", "target_win_rate"):
-        if not 0 <= getattr(cfg, name) < 1:
-            raise UserError(f"{name} must be in [0, 1), got {getattr(cfg, name)}")
+    ranges = (
+        (1, math.inf, "eval_interval log_interval hessian_interval"),
+        (1, 2**31, "batch_size total_batch_size hessian_batch_size block_size n_layer n_head "
+                   "n_embd"),
+        (0, math.inf, "eval_iters sample_tokens max_iters warmup_iters lr_decay_iters "
+                      "learning_rate min_lr weight_decay grad_clip rho init_std"),
+        (0, 1, "dropout beta1 beta2 target_win_rate"), (0, 2**63, "seed"))
+    for low, limit, names in ranges:
+        for name in names.split():
+            if not low <= getattr(cfg, name) < limit:
+                raise UserError(f"{name} must be in [{low}, {limit}), got {getattr(cfg, name)}")
+    if not cfg.out_dir:
+        raise UserError("out_dir must not be empty")
     if cfg.n_embd % cfg.n_head:
         raise UserError(f"n_embd={cfg.n_embd} is not divisible by n_head={cfg.n_head}")
     if cfg.total_batch_size % (cfg.batch_size * world_size):
@@ -269,7 +269,7 @@ def resolve(cfg, world_size=1):
     if cfg.hessian_batch_size % world_size:
         raise UserError(f"hessian_batch_size={cfg.hessian_batch_size} is not divisible by "
                         f"{world_size} ranks")
-    if cfg.warmup_iters > cfg.lr_decay_iters and cfg.decay_lr:
+    if cfg.warmup_iters > cfg.lr_decay_iters and cfg.decay_lr and cfg.max_iters:
         raise UserError(f"warmup_iters={cfg.warmup_iters} is more than the {cfg.lr_decay_iters} "
                         f"steps of the schedule (lr_decay_iters, by default max_iters)")
     if cfg.min_lr > cfg.learning_rate:

@@ -139,7 +139,7 @@ def print_summary(cfg, world, data, model, dtype, compiled, why_not):
     batch = (f"{cfg.total_batch_size} sequences = {cfg.tokens_per_step:,} tokens per step = "
              f"{world.size} rank{'s' * (world.size > 1)} x batch_size {cfg.batch_size} x "
              f"{micro_steps} micro-step{'s' * (micro_steps > 1)}")
-    if hessian_due(cfg.hessian_interval, cfg):
+    if hessian_due(cfg.hessian_interval, cfg) and cfg.max_iters:
         memory_steps = cfg.hessian_interval / (1 - cfg.beta2)
         batch += (f"; Hessian: {cfg.hessian_batch_size} sequences every {cfg.hessian_interval} "
                   f"steps, averaged over {memory_steps:,.0f} steps "
@@ -265,7 +265,7 @@ def train(cfg, world):
                 metrics.log_step(step, loss, lr, grad_norm, statistics(optimizer))
     if stop_requested and not finished:
         ddp.print0(f"stopped by a signal after step {step}; resume with --init_from=auto")
-    elif not cfg.eval_only:
+    elif step > 0 and not cfg.eval_only:
         ddp.print0(f"finished at step {step}: best val loss {best_val_loss:.4f} at step "
                    f"{best_step}. Sample from it: python sample.py {cfg.out_dir}")
 

@@ -5,18 +5,20 @@ cases.
 import json
 import math
 import pickle
+import tempfile
 from argparse import Namespace
 from dataclasses import fields
 
 import numpy as np
 import pytest
 import torch
-from conftest import write_data
+from conftest import TINY, write_data
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 import checkpoint
 import init_from
+import train
 from configurator import TYPES, TrainConfig, load_config
 from data.documents import TXT_BYTES, Files
 from dataloader import DataLoader, load_meta
@@ -76,6 +78,57 @@ def test_any_config_file_gives_valid_settings_or_an_error(pairs, tmp_path):
     cfg = valid(load_config, [str(path)])
     if cfg:
         well_typed(cfg)
+
+
+TINIEST = {**TINY, "n_layer": 1, "n_embd": 8, "block_size": 8, "total_batch_size": 4,
+           "batch_size": 2, "max_iters": 2, "warmup_iters": 0, "eval_interval": 2, "eval_iters": 1,
+           "hessian_interval": 1, "lr_decay_iters": None}
+OF_TYPE = {int: [0, 1, 2**31 - 1, 2**63 - 1, 2**70], bool: [False, True], str: [""],
+           float: [0.0, 5e-324, 1 - 2**-53, 1.0, 1e30, 1.7e308]}
+EXTREMES = {name: OF_TYPE[type(getattr(load_config([]), name))] for name in NAMES} | {
+    # Up to what takes milliseconds; beyond, only what is refused at once.
+    "n_layer": [0, 1, 6, 2**31], "n_embd": [0, 1, 2, 2**31 - 1, 2**63], "max_iters": [0, 1],
+    "block_size": [0, 1, 598, 599, 600, 2**31 - 1, 2**63], "sample_tokens": [0, 1, 9],
+    **dict.fromkeys(["batch_size", "total_batch_size", "hessian_batch_size"], [0, 1, 3, 4, 2**31]),
+    "wandb_log": [False], "compile": [False, ""], "init_from": ["", "auto", "resume"],
+    "optimizer": ["", "sophiag", "adamw", "lion", "muon"], "dtype": ["", "float16", "bfloat16"],
+    "hessian_estimator": ["", "gnb", "hutchinson", "empirical_fisher"],
+    "device": ["", "auto", "cuda", "mps"], "backend": ["", "nccl", "gloo"]}
+SINGLE = [(name, value) for name, values in EXTREMES.items() for value in values]
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """A function that trains two steps with changed settings, in this process."""
+    data = write_data(tmp_path / "data", np.arange(3000) % 65, np.arange(600) % 65)
+    monkeypatch.setattr(train, "StopSignal", lambda: Namespace(requested=False))
+    monkeypatch.setattr(checkpoint, "lock", lambda run_dir: None)   # it stays open
+
+    def call(changes):
+        with tempfile.TemporaryDirectory(dir=tmp_path) as out_dir:
+            knobs = {**TINIEST, "dataset": data, "out_dir": out_dir, **dict(changes)}
+            valid(train.main, [f"--{name}={value}" for name, value in knobs.items()])
+    yield call
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.slow
+def test_every_extreme_setting_trains_or_is_an_error(start):
+    for setting in SINGLE:
+        start([setting])
+
+
+@given(st.lists(st.sampled_from(SINGLE), min_size=2, max_size=2, unique_by=lambda s: s[0]))
+def test_pairs_of_extreme_settings_train_or_are_an_error(start, changes):
+    start(changes)
+
+
+def test_no_steps_evaluate_once(start, tmp_path, capsys):
+    """Whatever warmup the config has. There is no checkpoint to sample from."""
+    for changes in [("max_iters", 0)], [("max_iters", 0), ("eval_only", True)]:
+        start([*changes, ("warmup_iters", 100)])
+        out = capsys.readouterr().out
+        assert out.count("val loss") == 1 and "step 0/0 | val loss" in out and "sample" not in out
 
 
 META = {"vocab_size": 65, "tokenizer": "bytes", "dtype": "uint16", "eot_id": 64,

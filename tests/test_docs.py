@@ -21,6 +21,7 @@ from sophia import SophiaG
 
 PAGES = ("sophia.md", "faq.md", "reliability.md", "data.md", "trainers.md", "gpu.md")
 COMMANDS = [c for page in PAGES for c in code_blocks(ROOT / "docs" / page)[0]]
+REPRODUCE = code_blocks(ROOT / "docs/reproduce.md")[0]
 SNIPPETS = code_blocks(ROOT / "docs/faq.md")[1]
 HOOK, FSDP2 = code_blocks(ROOT / "docs/trainers.md")[1]
 FIGURES = runpy.run_path(str(ROOT / "docs/figures.py"))
@@ -122,6 +123,25 @@ def test_token_files_of_nanogpt(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_commands_that_reproduce_the_paper(tiny_data, tmp_path):
+    """On one rank, with a narrow model and few steps."""
+    prepare, *trainings, compare = REPRODUCE
+    assert prepare in COMMANDS and len(trainings) == 3
+    for line in trainings:
+        words = line.partition(" train.py ")[2].split()
+        cfg = load_config(words, 8)
+        assert cfg.tokens_per_step == 491_520 and cfg.max_iters == cfg.lr_decay_iters
+        small = TINY_RUN.split() + flags(dataset=tiny_data, out_dir=tmp_path / cfg.out_dir)
+        done = run("train.py", ROOT / words[0], *words[1:], *small)
+        assert done.returncode == 0, done.stderr
+    done = run(*compare.split()[1:], cwd=tmp_path)
+    rows = [line.split()[:3] for line in done.stdout.splitlines()[1:4]]
+    assert rows == [[f"gpt2-small-{name}", optimizer, "2"] for name, optimizer in (
+        ("adamw", "adamw"), ("sophiag", "sophiag"), ("sophiag-half", "sophiag"))], done.stderr
+    assert (tmp_path / "reproduce.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
 def test_official_checkpoints_are_evaluated(copy, tmp_path):
     tokens = np.random.default_rng(0).integers(0, V, 4000)
     data = write_data(tmp_path / "bytes", tokens[:3000], tokens[3000:], V)
@@ -201,7 +221,7 @@ def test_the_fsdp2_snippet_shards_a_model_over_two_ranks(tmp_path):
     assert found[0] == found[1] and found[2] == found[3]   # win_rate of the whole model
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [*PAGES, "reproduce.md"])
 def test_links_resolve_to_files_and_headings(page):
     text = (ROOT / "docs" / page).read_text()
     links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text)

@@ -86,9 +86,9 @@ def explain_lost_rank():
     except RuntimeError as error:
         if "gloo/transport" not in str(error):
             raise
+        reason = shorten(str(error), 200)
         raise LostRankError(f"another rank died, or did not answer for {TIMEOUT}; its output says "
-                            f"why. Resume with --init_from=auto ({shorten(str(error), 200)})"
-                            ) from None
+                            f"why. Resume with --init_from=auto ({reason})") from None
 
 
 def print0(text):

@@ -2,21 +2,11 @@
 import json
 import math
 import os
-import subprocess
 from dataclasses import asdict
 
 import ddp
 from configurator import to_json
-from script import ROOT, UserError, write_atomically
-
-
-def git_commit():
-    """This code's commit, with '-dirty' after uncommitted changes; None outside a repository."""
-    try:
-        words = ["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=40"]
-        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+from script import UserError, write_atomically
 
 
 class RecordWriter:
@@ -50,8 +40,7 @@ class RecordWriter:
             raise UserError("wandb_log=True needs the package wandb: pip install wandb") from None
         settings = dict(
             project=self.cfg.wandb_project, name=self.cfg.wandb_run_name, group=self.cfg.group,
-            dir=self.cfg.out_dir, id=self.wandb_id, resume="allow",
-            config={**asdict(self.cfg), "git_commit": git_commit()})
+            dir=self.cfg.out_dir, id=self.wandb_id, resume="allow", config=asdict(self.cfg))
         try:
             self.wandb = wandb.init(**settings)
         except wandb.Error as error:   # no key, no network

@@ -12,7 +12,6 @@ import os
 import shutil
 import sys
 import time
-import zlib
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -138,9 +137,9 @@ class BinWriter:
         self.state_path = os.path.join(args.out_dir, "unfinished.json")
         self.state = None if args.restart else read_json(self.state_path)
         if self.state is None:
-            self.state = {"settings": settings, "tokens": dict.fromkeys(SPLITS, 0),
-                          "crc32": dict.fromkeys(SPLITS, 0), "size": 0, "left_out": {},
-                          "position": {"file": 0, "skip": 0, "documents": 0}, "meta": None}
+            self.state = {"settings": settings, "tokens": dict.fromkeys(SPLITS, 0), "size": 0,
+                          "position": {"file": 0, "skip": 0, "documents": 0}, "left_out": {},
+                          "meta": None}
         elif self.state.get("settings") != settings:
             raise UserError(f"{args.out_dir} holds an interrupted run on other data or settings; "
                             f"pass --restart to discard it, or choose another --out_dir")
@@ -148,14 +147,14 @@ class BinWriter:
             print(f"resuming after {self.state['position']['documents']:,} documents")
 
     def run(self, val_tail):
-        """Tokenize the rest of the source, verify the parts and rename them. Returns meta."""
+        """Tokenize the rest of the source and rename the parts. Returns meta."""
         if self.state["meta"] is None:
             with ExitStack() as stack:
                 self.files = {s: stack.enter_context(self.open_part(s)) for s in SPLITS}
                 self.tokenize()
                 if val_tail and self.state["tokens"]["train"] and not self.state["tokens"]["val"]:
                     self.move_tail_to_val(val_tail)
-                self.state["meta"] = self.verified_meta()
+                self.state["meta"] = self.make_meta()
                 self.save()   # from here on, only renames are left
         for path in self.paths.values():
             if os.path.exists(path):
@@ -223,19 +222,16 @@ class BinWriter:
         self.state = {
             **old, "position": position, "size": old["size"] + size,
             "tokens": {split: old["tokens"][split] + len(ids[split]) for split in SPLITS},
-            "crc32": {split: zlib.crc32(ids[split], old["crc32"][split]) for split in SPLITS},
             "left_out": Counter(old["left_out"]) + left_out}
 
     def move_tail_to_val(self, fraction):
         """Move the last tokens from train to val. If interrupted before the save, it starts over;
         after the save, open_part truncates train."""
-        self.checked_sha256("train")
         tokens = np.memmap(self.paths["train"], self.dtype, "r")
         count = len(tokens) - math.ceil(fraction * len(tokens))
         ids = {"train": tokens[:count], "val": tokens[count:]}
         self.files["val"].write(ids["val"])
-        self.state = {**self.state, "tokens": {split: len(ids[split]) for split in SPLITS},
-                      "crc32": {split: zlib.crc32(ids[split]) for split in SPLITS}}
+        self.state = {**self.state, "tokens": {split: len(ids[split]) for split in SPLITS}}
         self.save()
         self.files["train"].truncate(count * self.dtype.itemsize)
 
@@ -245,20 +241,8 @@ class BinWriter:
             os.fsync(file.fileno())
         write_json(self.state_path, self.state)
 
-    def checked_sha256(self, split):
-        """Read a part back. Raises UserError if it is not what was written."""
-        sha256, crc32 = hashlib.sha256(), 0
-        with open(self.paths[split], "rb") as file:
-            while block := file.read(2**24):
-                sha256.update(block)
-                crc32 = zlib.crc32(block, crc32)
-        if crc32 != self.state["crc32"][split]:
-            raise UserError(f"{self.paths[split]} is not what was written to it; check the disk "
-                            f"and pass --restart to start over")
-        return sha256.hexdigest()
-
-    def verified_meta(self):
-        """Contents of meta.json. Raises UserError unless both parts have tokens and are intact."""
+    def make_meta(self):
+        """Contents of meta.json. Raises UserError unless both parts have tokens."""
         left_out, keys = self.state["left_out"], ", ".join(self.source.text_keys)
         meta = {**self.settings, "vocab_size": self.tokenizer.vocab_size,
                 "eot_id": self.tokenizer.eot_id, "dtype": self.dtype.name,
@@ -269,5 +253,6 @@ class BinWriter:
                 raise UserError(f"no documents for {split}.bin (left out: {format_counts(left_out)}"
                                 f"{hint}); pass --restart with other settings")
             meta[f"{split}_tokens"] = tokens
-            meta[f"{split}_sha256"] = self.checked_sha256(split)
+            with open(self.paths[split], "rb") as file:
+                meta[f"{split}_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
         return meta

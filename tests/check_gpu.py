@@ -24,10 +24,19 @@ import ddp
 import train
 from configurator import load_config
 from device import pick_device
-from records import git_commit, read_metrics
+from records import read_metrics
 from script import ROOT, ArgumentParser, UserError, run_script, write_atomically
 
 TIMEOUT = 300   # seconds, for the tests and for the benchmark
+
+
+def git_commit():
+    """This code's commit, with '-dirty' after uncommitted changes; None outside a repository."""
+    try:
+        words = ["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=40"]
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def run_python(lines, problems, *words):

@@ -517,24 +517,18 @@ def test_too_little_disk_space_is_reported_at_the_start(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.bin"))
 
 
-def test_a_bin_that_changed_on_disk_is_refused(tmp_path, monkeypatch):
-    """A bit flips between two runs."""
+def test_a_bin_that_became_shorter_is_refused(tmp_path, monkeypatch):
     source, half = Texts(some_documents(400)), lambda i, utf8: ["train", "val"][i % 2]
 
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tokenize_to_bin.BinWriter, "verified_meta", interrupt)
+    monkeypatch.setattr(tokenize_to_bin.BinWriter, "make_meta", interrupt)
     with pytest.raises(KeyboardInterrupt):
         write_bins(arguments(tmp_path), source, half)
     monkeypatch.undo()
     part = tmp_path / "train.bin.part"
-    content = bytearray(part.read_bytes())
-    content[100] ^= 1
-    part.write_bytes(content)
-    with pytest.raises(UserError, match="not what was written"):
-        write_bins(arguments(tmp_path), source, half)
-    part.write_bytes(content[:-2])
+    part.write_bytes(part.read_bytes()[:-2])
     with pytest.raises(UserError, match="shorter than it was"):
         write_bins(arguments(tmp_path), source, half)
     assert not (tmp_path / "meta.json").exists()
@@ -542,7 +536,7 @@ def test_a_bin_that_changed_on_disk_is_refused(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_another_source_does_not_resume_an_unfinished_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenize_to_bin.BinWriter, "verified_meta", lambda self: 1 / 0)
+    monkeypatch.setattr(tokenize_to_bin.BinWriter, "make_meta", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_bins(arguments(tmp_path), Texts(["a", "b"]), split_by_hash(0.5))
     monkeypatch.undo()

@@ -187,7 +187,7 @@ def test_a_slurm_job_of_two_nodes_is_requeued_and_resumes(copy, tiny_data, tmp_p
     assert second.wait(120) == 0, log.read_text()
     assert f"ckpt_{stopped:08}.pt" in re.search("resuming from (.*)", log.read_text())[1]
     assert f"finished at step {stopped + 2}" in log.read_text()
-    assert sbatch(stopped + 2, total_batch_size=9).wait(60) != 0   # torchrun does not repeat it
+    assert sbatch(stopped + 2, total_batch_size=9).wait(120) != 0   # torchrun does not repeat it
     assert log.read_text().count("train.py: error: total_batch_size=9 is not divisible") == 1
     assert (copy / "requeued").read_text() == f"requeue {job}\n"
 

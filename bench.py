@@ -25,8 +25,9 @@ import torch.nn.functional as F
 import train
 from configurator import load_config
 from dataloader import load_meta
-from device import memory_estimate, peak_flops, pick_device, resolve_compile, resolve_dtype
+from device import peak_flops, pick_device, resolve_compile, resolve_dtype
 from init_from import build_model
+from memory import memory_estimate
 from optim import hessian_due, make_optimizer
 from script import ArgumentParser, UserError, run_script, write_atomically
 from sophia import sophiag

@@ -21,9 +21,6 @@ import ddp
 from configurator import load_config
 from dataloader import DataLoader
 from device import (
-    advise_on_memory,
-    explain_out_of_memory,
-    memory_estimate,
     peak_flops,
     pick_device,
     resolve_compile,
@@ -31,6 +28,7 @@ from device import (
     use_deterministic_kernels,
 )
 from init_from import build_model, find_start, is_checkpoint
+from memory import describe_memory, explain_out_of_memory
 from metrics import Metrics
 from optim import hessian_due, lr_at, make_optimizer, statistics
 from script import StopSignal, run_script
@@ -132,9 +130,6 @@ def print_summary(cfg, world, data, model, dtype, compiled, why_not):
     """Print what is about to run, with every number that determines what the optimizer sees."""
     micro_steps = cfg.total_batch_size // (cfg.batch_size * world.size)
     epochs = cfg.max_iters * cfg.total_batch_size / data.windows
-    memory = memory_estimate(cfg, model, dtype, compiled)
-    total = sum(memory.values())
-    parts = " + ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items())
     batch = (f"{cfg.total_batch_size} sequences = {cfg.tokens_per_step:,} tokens per step = "
              f"{world.size} rank{'s' * (world.size > 1)} x batch_size {cfg.batch_size} x "
              f"{micro_steps} micro-step{'s' * (micro_steps > 1)}")
@@ -148,13 +143,9 @@ def print_summary(cfg, world, data, model, dtype, compiled, why_not):
                f"batch: {batch}\n"
                f"model: {model.num_params() / 1e6:.2f}M parameters, "
                f"{model.flops_per_token() / 1e9:.3f} GFLOP per token\n"
-               f"memory: about {total / 1e9:.2f} GB per rank = {parts}\n"
+               f"{describe_memory(cfg, model, world.device, dtype, compiled)}\n"
                f"machine: {world.device.type}, {str(dtype).removeprefix('torch.')}, "
                + ("compiled" if compiled else f"eager ({why_not})"))
-    if world.device.type == "cuda":
-        _, card = torch.cuda.mem_get_info(world.device)
-        advice = f"; too small: {advise_on_memory(cfg, world.size)}" * (total > card)
-        ddp.print0(f"GPU: {torch.cuda.get_device_name(world.device)}, {card / 1e9:.2f} GB{advice}")
 
 
 def build(cfg, world, data, start):

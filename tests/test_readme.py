@@ -19,7 +19,7 @@ from pyarrow import parquet
 
 from configurator import load_config
 from dataloader import load_meta
-from device import memory_estimate
+from memory import memory_estimate
 from model import GPT, GPTConfig
 
 README = (ROOT / "README.md").read_text()

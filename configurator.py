@@ -50,7 +50,7 @@ class TrainConfig:
     wandb_run_name: str | None = knob(None, "wandb run name (default: the name of out_dir)")
     # data
     dataset: str = knob("openwebtext", "a folder under data/, or a path")
-    batch_size: int = knob(12, "sequences in one micro-batch on one rank")
+    batch_size: int | None = knob(None, "sequences per rank at a time (default: as many as fit)")
     total_batch_size: int = knob(480, "sequences per update, over all ranks")
     # model
     block_size: int = knob(1024, "context length in tokens")
@@ -245,8 +245,9 @@ def resolve(cfg, world_size=1):
         cfg, **{name: v for name, v in derived.items() if getattr(cfg, name) is None})
     for name in ("eval_interval", "log_interval", "batch_size", "total_batch_size", "block_size",
                  "n_layer", "n_head", "n_embd", "hessian_interval", "hessian_batch_size"):
-        if getattr(cfg, name) < 1:
-            raise UserError(f"{name} must be at least 1, got {getattr(cfg, name)}")
+        value = getattr(cfg, name)
+        if value is not None and value < 1:
+            raise UserError(f"{name} must be at least 1, got {value}")
     for name in ("seed", "eval_iters", "sample_tokens", "max_iters", "warmup_iters",
                  "learning_rate", "min_lr", "weight_decay", "grad_clip", "rho"):
         if getattr(cfg, name) < 0:
@@ -258,10 +259,11 @@ def resolve(cfg, world_size=1):
             raise UserError(f"{name} must be in [0, 1), got {getattr(cfg, name)}")
     if cfg.n_embd % cfg.n_head:
         raise UserError(f"n_embd={cfg.n_embd} is not divisible by n_head={cfg.n_head}")
-    if cfg.total_batch_size % (cfg.batch_size * world_size):
+    batch_size = cfg.batch_size or 1   # None: chosen later
+    if cfg.total_batch_size % (batch_size * world_size):
         ranks = f" x {world_size} ranks" if world_size > 1 else ""
         raise UserError(f"total_batch_size={cfg.total_batch_size} is not divisible by "
-                        f"batch_size={cfg.batch_size}{ranks}; change either")
+                        f"batch_size={batch_size}{ranks}; change either")
     if cfg.hessian_batch_size % world_size:
         raise UserError(f"hessian_batch_size={cfg.hessian_batch_size} is not divisible by "
                         f"{world_size} ranks")

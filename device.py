@@ -4,6 +4,7 @@ import re
 import shutil
 import sysconfig
 from importlib.util import find_spec
+from textwrap import shorten
 
 import torch
 
@@ -29,8 +30,13 @@ def pick_device(setting="auto"):
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
                  "cpu": True}
     kind = next(k for k in available if available[k]) if setting == "auto" else setting
+    wants_gpu = setting in ("auto", "cuda") and not available["cuda"]
+    problem = explain_unused_gpu() if wants_gpu else None
     if not available.get(kind):
-        raise UserError(f"device={kind} is not available on this machine; use --device=auto")
+        raise UserError(f"device={kind} is not available on this machine; "
+                        f"{problem or 'use --device=auto'}")
+    if problem:
+        ddp.print0(f"device=auto takes the {kind}: {problem}")
     if kind != "cuda":
         return torch.device(kind)
     local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
@@ -42,12 +48,30 @@ def pick_device(setting="auto"):
     return torch.device("cuda", local_rank)
 
 
+def explain_unused_gpu():
+    """Why PyTorch cannot use this machine's NVIDIA GPU, and what to do. None if there is no driver,
+    or if CUDA_VISIBLE_DEVICES hides the GPU."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if hidden or not (os.path.exists("/proc/driver/nvidia") or shutil.which("nvidia-smi")):
+        return None
+    try:
+        torch.cuda.init()
+        reason = "it finds none"
+    except (AssertionError, RuntimeError) as error:   # a build without CUDA; an old driver
+        reason = shorten(str(error), 200)
+    return (f"PyTorch {torch.__version__} cannot use the NVIDIA GPU ({reason}); install one for a "
+            f"CUDA version that the driver supports, or update the driver: docs/gpu.md")
+
+
 def resolve_dtype(setting, device):
-    """The autocast dtype. 'auto' is bfloat16 on GPUs that support it, else float32."""
+    """The autocast dtype. 'auto' is float32 on a CPU or mps, else bfloat16, or float16 on a GPU
+    without it: V100, T4, RTX 20 and older."""
     if setting != "auto":
         return getattr(torch, setting)
-    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if has_bf16 else torch.float32
+    if device.type != "cuda":
+        return torch.float32
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_bf16 else torch.float16
 
 
 def resolve_compile(setting, device):
@@ -74,13 +98,15 @@ def resolve_compile(setting, device):
     return reason is None, reason
 
 
-def use_deterministic_kernels():
+def require_determinism(compiled):
     """
-    Call before the device is first used. An operation without a deterministic kernel only warns: on
-    CUDA, the sum over classes that samples a Hessian label.
+    Make operations without a deterministic kernel errors. Call before the device is first used. In
+    eager code, which has one on CUDA (the cumulative sum that samples Hessian labels), they only
+    warn; PyTorch then also keeps FlashAttention's backward pass, which is not deterministic.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True, warn_only=not compiled)
+    torch.backends.cuda.enable_cudnn_sdp(False)   # warns of nothing
     torch.utils.deterministic.fill_uninitialized_memory = False   # slow, and only for debugging
 
 

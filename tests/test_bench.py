@@ -16,13 +16,13 @@ def test_every_section_reports_positive_numbers(tiny_data, tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "bench.json").read_text())
     rows = {(r["section"], r["name"]): r for r in found["rows"]}
-    assert {section for section, _ in rows} == {"optimizer", "step", "head", "memory"}
+    assert {section for section, _ in rows} == {"optimizer", "step", "attention", "memory"}
     for (_, name), row in rows.items():
         assert row["value"] > 0 and name in done.stdout, name
     for section, name, reference in (
             ("optimizer", "sophiag eager", "x copy"), ("step", "whole step, sophiag", "x adamw"),
-            ("step", "plain forward and backward", "x ours"), ("head", "all logits", "x ours"),
-            ("memory", "forward and backward", "x plain"),
+            ("step", "plain forward and backward", "x ours"),
+            ("attention", "PyTorch's choice", "1.00 x"), ("attention", "MATH", "x the choice"),
             ("memory", "training step, estimate", "x measured")):
         assert reference in rows[section, name]["note"]
 

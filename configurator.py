@@ -85,7 +85,7 @@ class TrainConfig:
     device: str = knob("auto", "auto | cuda | mps | cpu")
     dtype: str = knob("auto", "auto | float32 | bfloat16 | float16 (with a GradScaler)")
     compile: str = knob("auto", "auto | True | False: torch.compile")
-    deterministic: bool = knob(False, "CUDA: deterministic kernels, slower")
+    deterministic: bool = knob(False, "CUDA: deterministic kernels if compiled, slower")
     backend: str = knob("auto", "torch.distributed backend: auto | nccl | gloo")
 
     @property

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import flags, records, run, train
+from conftest import TINY, flags, records, run, train
 from fake_gpu import fake_gpu
 
 import ddp
@@ -110,6 +110,13 @@ def test_an_explicit_batch_size_stays_and_other_devices_take_at_most_12(monkeypa
             assert choose_batch_size(cfg, torch.device(kind), 50257) == replace(cfg,
                                                                                 batch_size=wanted)
     assert capsys.readouterr().out == ""
+
+
+def test_a_run_that_torchrun_restarts_resumes_if_another_batch_size_fits_now(tiny_data, tmp_path):
+    train(tmp_path, tiny_data, max_iters=20)
+    knobs = {**TINY, "dataset": tiny_data, "out_dir": tmp_path, "max_iters": 20, "batch_size": 2}
+    done = run("train.py", *flags(**knobs), TORCHELASTIC_RESTART_COUNT="1")
+    assert done.returncode == 0 and "resuming from" in done.stdout, done.stderr
 
 
 def test_a_run_without_a_batch_size_trains_and_writes_the_choice(tiny_data, tmp_path):

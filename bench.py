@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import train
 from configurator import load_config
 from dataloader import load_meta
-from device import peak_flops, pick_device, resolve_compile, resolve_dtype
+from device import pick_device, resolve_compile, resolve_dtype
 from init_from import build_model
 from memory import choose_batch_size, memory_estimate
 from optim import hessian_due, make_optimizer
@@ -158,8 +158,6 @@ def bench_step(setup):
     for name, s in {"adamw": adamw_step, cfg.optimizer: step}.items():
         yield (f"whole step, {name}", s * 1e3, "ms",
                f"{cfg.tokens_per_step / s:,.0f} tokens/s, {s / adamw_step:.3f} x adamw")
-    rate, peak = micro_batches * micro_batch_flops / step, peak_flops(setup.device, setup.dtype)
-    yield "model FLOPs", rate / 1e12, "TFLOP/s", f"mfu {rate / peak:.1%}" if peak else ""
 
 
 def bench_attention(setup):

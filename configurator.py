@@ -245,8 +245,7 @@ def resolve(cfg, world_size=1):
         cfg, **{name: v for name, v in derived.items() if getattr(cfg, name) is None})
     for name in ("eval_interval", "log_interval", "batch_size", "total_batch_size", "block_size",
                  "n_layer", "n_head", "n_embd", "hessian_interval", "hessian_batch_size"):
-        value = getattr(cfg, name)
-        if value is not None and value < 1:
+        if (value := getattr(cfg, name)) is not None and value < 1:
             raise UserError(f"{name} must be at least 1, got {value}")
     for name in ("seed", "eval_iters", "sample_tokens", "max_iters", "warmup_iters",
                  "learning_rate", "min_lr", "weight_decay", "grad_clip", "rho"):

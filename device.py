@@ -30,8 +30,7 @@ def pick_device(setting="auto"):
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
                  "cpu": True}
     kind = next(k for k in available if available[k]) if setting == "auto" else setting
-    wants_gpu = setting in ("auto", "cuda") and not available["cuda"]
-    problem = explain_unused_gpu() if wants_gpu else None
+    problem = explain_unused_gpu() if setting in ("auto", "cuda") else None
     if not available.get(kind):
         raise UserError(f"device={kind} is not available on this machine; "
                         f"{problem or 'use --device=auto'}")
@@ -49,10 +48,10 @@ def pick_device(setting="auto"):
 
 
 def explain_unused_gpu():
-    """Why PyTorch cannot use this machine's NVIDIA GPU, and what to do. None if there is no driver,
-    or if CUDA_VISIBLE_DEVICES hides the GPU."""
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    if hidden or not (os.path.exists("/proc/driver/nvidia") or shutil.which("nvidia-smi")):
+    """Why PyTorch cannot use this machine's NVIDIA GPU, and what to do. None if it can, if there is
+    no driver, or if CUDA_VISIBLE_DEVICES hides the GPU."""
+    fine = torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if fine or not (os.path.exists("/proc/driver/nvidia") or shutil.which("nvidia-smi")):
         return None
     try:
         torch.cuda.init()
@@ -64,8 +63,7 @@ def explain_unused_gpu():
 
 
 def resolve_dtype(setting, device):
-    """The autocast dtype. 'auto' is float32 on a CPU or mps, else bfloat16, or float16 on a GPU
-    without it: V100, T4, RTX 20 and older."""
+    """The autocast dtype. 'auto': on CUDA bfloat16, or float16 without it; elsewhere float32."""
     if setting != "auto":
         return getattr(torch, setting)
     if device.type != "cuda":

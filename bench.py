@@ -5,15 +5,15 @@ Benchmark the parts of a training run, each against a reference measured at the 
 
   optimizer  an update of all parameters, against a copy that moves as many bytes
   step       the parts of a training step, against plain PyTorch and AdamW
-  head       loss and gradients of the output head, against PyTorch's functions
-  memory     peak memory, against plain PyTorch and the estimate that train.py prints
+  attention  a layer's attention, forward and backward, with each backend of PyTorch
+  memory     peak memory, against the estimate that train.py prints
 Times are medians. Settings are those of train.py. Tokens are random.
 """
 import json
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate
@@ -21,25 +21,29 @@ from multiprocessing import get_context
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import train
 from configurator import load_config
 from dataloader import load_meta
-from device import memory_estimate, peak_flops, pick_device, resolve_compile, resolve_dtype
+from device import pick_device, resolve_compile, resolve_dtype
 from init_from import build_model
+from memory import choose_batch_size, memory_estimate
 from optim import hessian_due, make_optimizer
 from script import ArgumentParser, UserError, run_script, write_atomically
 from sophia import sophiag
 
-PLAIN, OURS = "plain forward and backward", "forward and backward"
+PLAIN, OURS, CHOSEN = "plain forward and backward", "forward and backward", "PyTorch's choice"
 HESSIAN, HESSIAN_UPDATE = "hessian: forward and backward", "hessian: update"
 
 
 class Setup:
-    """What the sections share. It can be pickled, for the new processes of bench_memory."""
+    """What the sections share. It can be pickled, for the new process of bench_memory."""
     def __init__(self, cfg, vocab_size, repeat=1):
-        self.cfg, self.vocab_size, self.repeat = cfg, vocab_size, repeat
+        self.vocab_size, self.repeat = vocab_size, repeat
         self.device = device = pick_device(cfg.device)
+        # As on a CPU, at most 12: plain PyTorch needs memory for T x T matrices.
+        self.cfg = cfg = choose_batch_size(cfg, torch.device("cpu"), vocab_size)
         self.dtype = dtype = resolve_dtype(cfg.dtype, device)
         self.compiled, _ = resolve_compile(cfg.compile, device)
         self.autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -77,21 +81,9 @@ class Setup:
 
 
 def plain_loss(model, x, y):
-    """The model's loss with a T x T attention matrix, GELU by its formula, and all logits."""
-    C, T, layers = model.config.n_embd, x.shape[1], model.transformer
-    future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
-    h = layers.wte(x) + layers.wpe(torch.arange(T, device=x.device))
-    for block in layers.h:
-        q, k, v = (t.unflatten(2, (model.config.n_head, -1)).transpose(1, 2)
-                   for t in block.attn.c_attn(block.ln_1(h)).split(C, dim=2))
-        scale = 1 if block.attn.scale is None else block.attn.scale   # 1 / (layer + 1)
-        scores = q @ k.transpose(2, 3) * scale / q.shape[3] ** 0.5
-        attention = scores.masked_fill(future, -torch.inf).softmax(-1)
-        h = h + block.attn.c_proj((attention @ v).transpose(1, 2).flatten(2))
-        u = block.mlp.c_fc(block.ln_2(h))
-        u = 0.5 * u * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (u + 0.044715 * u ** 3)))
-        h = h + block.mlp.c_proj(u)
-    logits = model.lm_head(layers.ln_f(h))[..., :model.config.vocab_size]
+    """The model's loss in eager PyTorch, with T x T attention matrices and all logits."""
+    with sdpa_kernel(SDPBackend.MATH):
+        logits = model(x)
     return F.cross_entropy(logits.flatten(0, 1).float(), y.flatten())
 
 
@@ -167,38 +159,38 @@ def bench_step(setup):
     for name, s in {"adamw": adamw_step, cfg.optimizer: step}.items():
         yield (f"whole step, {name}", s * 1e3, "ms",
                f"{cfg.tokens_per_step / s:,.0f} tokens/s, {s / adamw_step:.3f} x adamw")
-    rate, peak = micro_batches * micro_batch_flops / step, peak_flops(setup.device, setup.dtype)
-    yield "model FLOPs", rate / 1e12, "TFLOP/s", f"mfu {rate / peak:.1%}" if peak else ""
 
 
-def bench_head(setup):
-    """The loss of hidden states (tokens, C), and the gradients of the states and the weight."""
-    model, tokens = setup.model(), setup.cfg.batch_size * setup.cfg.block_size
-    w, dtype = model.lm_head.weight, setup.dtype
-    h = torch.randn(tokens, setup.cfg.n_embd, device=setup.device, requires_grad=True)
-    y = torch.randint(setup.vocab_size, (tokens,), device=setup.device)
-    cross_entropy = torch.compile(F.cross_entropy) if setup.compiled else F.cross_entropy
+def bench_attention(setup):
+    """A layer's attention with the backend that PyTorch chooses, and with each that can run it."""
+    cfg = setup.cfg
+    shape = cfg.batch_size, cfg.block_size, 3, cfg.n_head, cfg.n_embd // cfg.n_head
+    qkv = torch.randn(shape, device=setup.device, dtype=setup.dtype, requires_grad=True)
 
-    def gradient(loss_fn):
-        w.grad = h.grad = None
-        with setup.autocast:
-            loss = loss_fn()
-        loss.backward()
+    def gradient(backends):
+        with sdpa_kernel(backends):
+            y = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4), is_causal=True)
+        y.backward(y.detach())
 
-    losses = {"ours": lambda: model.head_loss(h, y),
-              "all logits": lambda: cross_entropy(F.linear(h, w).float(), y),
-              "F.linear_cross_entropy": lambda: F.linear_cross_entropy(h.to(dtype), w.to(dtype), y)}
-    seconds = setup.median_seconds({name: partial(gradient, loss) for name, loss in losses.items()})
+    functions, backends = {}, SDPBackend.__members__
+    for name, allowed in {CHOSEN: list(backends.values()), **backends}.items():
+        with suppress(RuntimeError):   # the device, dtype or shape does not support it
+            gradient(allowed)
+            functions[name] = partial(gradient, allowed)
+    seconds = setup.median_seconds(functions)
     for name, s in seconds.items():
-        yield name, s * 1e3, "ms", f"{s / seconds['ours']:.2f} x ours"
+        yield name, s * 1e3, "ms", f"{s / seconds[CHOSEN]:.2f} x the choice"
 
 
-def peak_memory(names, setup):
-    """Peak bytes that PyTorch allocates for a model and the training parts in names."""
+def peak_memory(setup):
+    """Peak bytes that PyTorch allocates for a model and its training step."""
     on_gpu = setup.device.type == "cuda"
     with nullcontext() if on_gpu else torch.profiler.profile(profile_memory=True) as profiler:
-        # For a step the peak is in the second micro-batch, when .grad holds the first's gradients.
-        _, parts = training_parts(setup, micro_batches=min(2, len(names)))
+        # The peak is in the second micro-batch, when .grad holds the first's gradients.
+        _, parts = training_parts(setup, micro_batches=2)
+        names = [OURS, setup.cfg.optimizer]
+        if HESSIAN in parts and setup.cfg.squares_gradient:   # no estimate for Hutchinson
+            names += [HESSIAN, HESSIAN_UPDATE]
         for name in 2 * names:   # the first round creates the optimizer's state
             parts[name]()
     if on_gpu:
@@ -209,26 +201,20 @@ def peak_memory(names, setup):
 
 
 def bench_memory(setup):
-    """Each peak is measured in a new process, where nothing else is compiled or allocated."""
-    cfg = setup.cfg
-    passes, step = [[PLAIN], [OURS]], [OURS, cfg.optimizer]
-    if hessian_due(cfg.hessian_interval, cfg):
-        passes.append([HESSIAN])
-        step += [HESSIAN, HESSIAN_UPDATE] * cfg.squares_gradient   # no estimate for Hutchinson
+    """The peak is measured in a new process, where nothing else is compiled or allocated."""
     if setup.device.type == "mps":   # PyTorch does not report a peak there
         return
-    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
-        *peaks, peak = pool.map(partial(peak_memory, setup=setup), [*passes, step])
-    for (name,), pass_peak in zip(passes, peaks):
-        yield name, pass_peak / 1e9, "GB", f"{pass_peak / peaks[0]:.2f} x plain"
-    yield f"training step, {cfg.optimizer}", peak / 1e9, "GB", ""
-    estimate = sum(memory_estimate(cfg, setup.model(), setup.dtype, setup.compiled).values())
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        peak = pool.submit(peak_memory, setup).result()
+    parts = memory_estimate(setup.cfg, setup.model(), setup.dtype, setup.compiled)
+    estimate = sum(parts.values())
+    yield f"training step, {setup.cfg.optimizer}", peak / 1e9, "GB", ""
     yield "training step, estimate", estimate / 1e9, "GB", f"{estimate / peak:.3f} x measured"
 
 
 def main(argv):
     parser = ArgumentParser(__doc__)
-    parser.add_argument("--only", default="optimizer,step,head,memory", metavar="SECTION,...")
+    parser.add_argument("--only", default="optimizer,step,attention,memory", metavar="SECTION,...")
     parser.add_argument("--repeat", type=int, default=5, help="measurements behind each median")
     parser.add_argument("--json", metavar="FILE", help="also write the results to FILE")
     args, words = parser.parse_known_args(argv)
@@ -236,8 +222,8 @@ def main(argv):
         raise UserError(f"repeat must be at least 1, got {args.repeat}")
     cfg = load_config(words)
     setup = Setup(cfg, load_meta(cfg.data_dir)["vocab_size"], args.repeat)
-    sections = {"optimizer": bench_optimizer(setup), "head": bench_head(setup),   # generators
-                "step": bench_step(setup), "memory": bench_memory(setup)}
+    sections = {"optimizer": bench_optimizer(setup), "step": bench_step(setup),   # generators
+                "attention": bench_attention(setup), "memory": bench_memory(setup)}
     chosen = args.only.split(",")
     if unknown := set(chosen) - set(sections):
         raise UserError(f"unknown section {unknown.pop()}; choose from {', '.join(sections)}")

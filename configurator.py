@@ -51,7 +51,7 @@ class TrainConfig:
     wandb_run_name: str | None = knob(None, "wandb run name (default: the name of out_dir)")
     # data
     dataset: str = knob("openwebtext", "a folder under data/, or a path")
-    batch_size: int = knob(12, "sequences in one micro-batch on one rank")
+    batch_size: int | None = knob(None, "sequences per rank at a time (default: as many as fit)")
     total_batch_size: int = knob(480, "sequences per update, over all ranks")
     # model
     block_size: int = knob(1024, "context length in tokens")
@@ -89,7 +89,7 @@ class TrainConfig:
     device: str = knob("auto", "auto | cuda | mps | cpu")
     dtype: str = knob("auto", "auto | float32 | bfloat16 | float16 (with a GradScaler)")
     compile: str = knob("auto", "auto | True | False: torch.compile")
-    deterministic: bool = knob(False, "CUDA: deterministic kernels, slower")
+    deterministic: bool = knob(False, "CUDA: deterministic kernels if compiled, slower")
     backend: str = knob("auto", "torch.distributed backend: auto | nccl | gloo")
 
     @property
@@ -256,16 +256,19 @@ def resolve(cfg, world_size=1):
         (0, 1, "dropout beta1 beta2 target_win_rate"), (0, 2**63, "seed"))
     for low, limit, names in ranges:
         for name in names.split():
-            if not low <= getattr(cfg, name) < limit:
-                raise UserError(f"{name} must be in [{low}, {limit}), got {getattr(cfg, name)}")
+            value = getattr(cfg, name)
+            if value is not None and not low <= value < limit:
+                below = f" and below {limit}" * (limit < math.inf)
+                raise UserError(f"{name} must be at least {low}{below}, got {value}")
     if not cfg.out_dir:
         raise UserError("out_dir must not be empty")
     if cfg.n_embd % cfg.n_head:
         raise UserError(f"n_embd={cfg.n_embd} is not divisible by n_head={cfg.n_head}")
-    if cfg.total_batch_size % (cfg.batch_size * world_size):
+    batch_size = cfg.batch_size or 1   # None: chosen later
+    if cfg.total_batch_size % (batch_size * world_size):
         ranks = f" x {world_size} ranks" if world_size > 1 else ""
         raise UserError(f"total_batch_size={cfg.total_batch_size} is not divisible by "
-                        f"batch_size={cfg.batch_size}{ranks}; change either")
+                        f"batch_size={batch_size}{ranks}; change either")
     if cfg.hessian_batch_size % world_size:
         raise UserError(f"hessian_batch_size={cfg.hessian_batch_size} is not divisible by "
                         f"{world_size} ranks")

@@ -184,13 +184,13 @@ class DataLoader:
         return [torch.randn(t.shape, generator=generator, device=t.device, dtype=t.dtype)
                 for t in like]
 
-    def val(self):
-        """Yield this rank's share of the evaluation as micro-batches x, y. All evaluations read the
+    def val(self, batch_size):
+        """Yield this rank's share of the evaluation in micro-batches x, y. All evaluations read the
         same windows: eval_iters * total_batch_size, evenly spread over val.bin, or every window if
         eval_iters is 0 or val.bin has fewer."""
         wanted = self.cfg.eval_iters * self.cfg.total_batch_size or self.val_windows
         count = min(wanted, self.val_windows)
         windows = np.arange(count) * self.val_windows // count
         starts = windows[self.world.rank::self.world.size] * self.cfg.block_size
-        for i in range(0, len(starts), self.cfg.batch_size):
-            yield self._read(self.val_tokens, starts[i:i + self.cfg.batch_size])
+        for i in range(0, len(starts), batch_size):
+            yield self._read(self.val_tokens, starts[i:i + batch_size])

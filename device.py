@@ -1,18 +1,15 @@
-"""The device: which one, its dtype, whether torch.compile works, its peak FLOP/s and memory."""
+"""The device: which one, its dtype, whether torch.compile works, its peak FLOP/s."""
 import os
 import re
 import shutil
 import sysconfig
-from contextlib import contextmanager
 from importlib.util import find_spec
 from textwrap import shorten
 
 import torch
 
 import ddp
-from model import rows_per_chunk
-from optim import STATE_TENSORS
-from script import RankError, UserError
+from script import UserError
 
 # Dense bfloat16/float16 tensor-core peaks in FLOP/s, with float32 accumulation, from NVIDIA's data
 # sheets; for RTX 3090 to 5090 from the architectures' whitepapers. Most sheets print the peak with
@@ -33,8 +30,12 @@ def pick_device(setting="auto"):
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
                  "cpu": True}
     kind = next(k for k in available if available[k]) if setting == "auto" else setting
+    problem = explain_unused_gpu() if setting in ("auto", "cuda") else None
     if not available.get(kind):
-        raise UserError(f"device={kind} is not available on this machine; use --device=auto")
+        raise UserError(f"device={kind} is not available on this machine; "
+                        f"{problem or 'use --device=auto'}")
+    if problem:
+        ddp.print0(f"device=auto takes the {kind}: {problem}")
     if kind != "cuda":
         return torch.device(kind)
     local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
@@ -46,12 +47,29 @@ def pick_device(setting="auto"):
     return torch.device("cuda", local_rank)
 
 
+def explain_unused_gpu():
+    """Why PyTorch cannot use this machine's NVIDIA GPU, and what to do. None if it can, if there is
+    no driver, or if CUDA_VISIBLE_DEVICES hides the GPU."""
+    fine = torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if fine or not (os.path.exists("/proc/driver/nvidia") or shutil.which("nvidia-smi")):
+        return None
+    try:
+        torch.cuda.init()
+        reason = "it finds none"
+    except (AssertionError, RuntimeError) as error:   # a build without CUDA; an old driver
+        reason = shorten(str(error), 200)
+    return (f"PyTorch {torch.__version__} cannot use the NVIDIA GPU ({reason}); install one for a "
+            f"CUDA version that the driver supports, or update the driver: docs/gpu.md")
+
+
 def resolve_dtype(setting, device):
-    """The autocast dtype. 'auto' is bfloat16 on GPUs that support it, else float32."""
+    """The autocast dtype. 'auto': on CUDA bfloat16, or float16 without it; elsewhere float32."""
     if setting != "auto":
         return getattr(torch, setting)
-    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if has_bf16 else torch.float32
+    if device.type != "cuda":
+        return torch.float32
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_bf16 else torch.float16
 
 
 def resolve_compile(setting, device):
@@ -78,13 +96,15 @@ def resolve_compile(setting, device):
     return reason is None, reason
 
 
-def use_deterministic_kernels():
+def require_determinism(compiled):
     """
-    Call before the device is first used. An operation without a deterministic kernel only warns: on
-    CUDA, the sum over classes that samples a Hessian label.
+    Make operations without a deterministic kernel errors. Call before the device is first used. In
+    eager code, which has one on CUDA (the cumulative sum that samples Hessian labels), they only
+    warn; PyTorch then also keeps FlashAttention's backward pass, which is not deterministic.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True, warn_only=not compiled)
+    torch.backends.cuda.enable_cudnn_sdp(False)   # warns of nothing
     torch.utils.deterministic.fill_uninitialized_memory = False   # slow, and only for debugging
 
 
@@ -102,56 +122,3 @@ def peak_flops(device, dtype):
     else:
         return peaks[0]
     return None
-
-
-def memory_estimate(cfg, model, dtype, compiled):
-    """
-    {part: bytes} that PyTorch allocates on one rank at the peak of a step. With P parameters, E of
-    them in the token embedding, width C, L layers, N = batch_size x block_size tokens per
-    micro-batch and s bytes per number of dtype:
-        weights      4 P, plus s P for their copies if dtype is not float32
-        gradients    4 P
-        state        4 P per tensor of optimizer state
-        activations  N L C (14 s + 8): per layer the float32 inputs of two LayerNorms, the inputs of
-                     four matmuls (7 C), q, k, v (3 C) and the input of GELU (4 C)
-        head         4 E for its weight's gradient, and the float32 logits of a chunk, 3 times
-                     if compiled and 6 times if eager
-    All exist at the head of each micro-batch but the first. The true peak is higher for an eager
-    update of a model with few layers, and for Hutchinson's estimator. CUDA, NCCL and fragmentation
-    add to it.
-    """
-    bytes_each = dtype.itemsize
-    parameters, head = model.num_params(), model.lm_head.weight
-    tokens = cfg.batch_size * cfg.block_size
-    rows = rows_per_chunk(torch.empty(0, dtype=dtype, device=head.device), len(head))
-    chunk = 4 * min(rows, tokens) * len(head)
-    return {"weights": parameters * (4 + bytes_each * (dtype != torch.float32)),
-            "gradients": 4 * parameters,
-            "state": 4 * parameters * STATE_TENSORS[cfg.optimizer],
-            "activations": tokens * cfg.n_layer * cfg.n_embd * (14 * bytes_each + 8),
-            "head": 4 * head.numel() + chunk * (3 if compiled else 6)}
-
-
-def advise_on_memory(cfg, world_size):
-    """What the user can change when a run does not fit into memory."""
-    fitting = [size for size in range(1, cfg.batch_size)
-               if cfg.total_batch_size % (size * world_size) == 0]
-    if not fitting:
-        return (f"--batch_size is {cfg.batch_size} and cannot be lowered; choose a smaller model "
-                f"or --block_size, or a device with more memory")
-    return (f"lower --batch_size, which is {cfg.batch_size}, for example to {fitting[-1]}; the "
-            f"update does not change, since gradients accumulate over more micro-steps")
-
-
-@contextmanager
-def explain_out_of_memory(cfg):
-    """Turn running out of GPU or CPU memory into a RankError with advice."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        # cuBLAS and the CPU allocator raise plain RuntimeErrors.
-        signs = "out of memory", "ALLOC_FAILED", "can't allocate memory"
-        if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in signs):
-            raise
-        raise RankError(f"out of memory: {advise_on_memory(cfg, ddp.world_size())} "
-                        f"({shorten(str(error), 200)})") from None

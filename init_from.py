@@ -70,7 +70,8 @@ def is_checkpoint(start):
 def resume(path, cfg, data):
     """The checkpoint at path. Raises UserError if it belongs to another run or other data."""
     start = checkpoint.load(path)
-    if cfg.init_from not in ("resume", "auto") and start["config"] != asdict(cfg):
+    saved = {**start["config"], "batch_size": cfg.batch_size}   # what fits can change
+    if cfg.init_from not in ("resume", "auto") and saved != asdict(cfg):
         # torchrun restarted this run, but the checkpoint was there before it.
         checkpoint.check_unused(cfg.out_dir)
     for name in FIXED_KNOBS:

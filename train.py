@@ -20,17 +20,9 @@ import checkpoint
 import ddp
 from configurator import load_config
 from dataloader import DataLoader
-from device import (
-    advise_on_memory,
-    explain_out_of_memory,
-    memory_estimate,
-    peak_flops,
-    pick_device,
-    resolve_compile,
-    resolve_dtype,
-    use_deterministic_kernels,
-)
+from device import peak_flops, pick_device, require_determinism, resolve_compile, resolve_dtype
 from init_from import build_model, find_start, is_checkpoint
+from memory import choose_batch_size, describe_memory, explain_out_of_memory
 from metrics import Metrics
 from optim import hessian_due, lr_at, make_optimizer, statistics
 from script import StopSignal, run_script
@@ -102,11 +94,11 @@ def not_finite(grad_norm):
 
 
 @torch.no_grad()
-def evaluate(raw_model, data, autocast):
-    """(mean loss over the evaluation windows of all ranks, its standard error)."""
+def evaluate(raw_model, batches, autocast):
+    """(mean loss of this rank's batches (x, y) and those of all others, its standard error)."""
     raw_model.eval()
     losses = []
-    for x, y in data.val():
+    for x, y in batches:
         with autocast:
             losses.append(raw_model.token_losses(x, y).float().mean(dim=1))
     raw_model.train()
@@ -133,9 +125,6 @@ def print_summary(cfg, world, data, model, dtype, compiled, why_not):
     """Print what is about to run, with every number that determines what the optimizer sees."""
     micro_steps = cfg.total_batch_size // (cfg.batch_size * world.size)
     epochs = cfg.max_iters * cfg.total_batch_size / data.windows
-    memory = memory_estimate(cfg, model, dtype, compiled)
-    total = sum(memory.values())
-    parts = " + ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items())
     batch = (f"{cfg.total_batch_size} sequences = {cfg.tokens_per_step:,} tokens per step = "
              f"{world.size} rank{'s' * (world.size > 1)} x batch_size {cfg.batch_size} x "
              f"{micro_steps} micro-step{'s' * (micro_steps > 1)}")
@@ -144,19 +133,18 @@ def print_summary(cfg, world, data, model, dtype, compiled, why_not):
         batch += (f"; Hessian: {cfg.hessian_batch_size} sequences every {cfg.hessian_interval} "
                   f"steps, averaged over {memory_steps:,.0f} steps "
                   f"({memory_steps / cfg.max_iters:.0%} of the run)")
+    precision = str(dtype).removeprefix("torch.") + " with a GradScaler" * (dtype == torch.float16)
+    if cfg.dtype == "auto" and dtype == torch.float16:
+        precision += ", since this GPU has no native bfloat16"
     ddp.print0(f"data: {cfg.data_dir}, {data.tokens.count:,} training tokens "
                f"({data.meta.get('note', data.meta['tokenizer'])}); {cfg.max_iters} steps are "
                f"{epochs:.2f} epochs\n"
                f"batch: {batch}\n"
                f"model: {model.num_params() / 1e6:.2f}M parameters, "
                f"{model.flops_per_token() / 1e9:.3f} GFLOP per token\n"
-               f"memory: about {total / 1e9:.2f} GB per rank = {parts}\n"
-               f"machine: {world.device.type}, {str(dtype).removeprefix('torch.')}, "
+               f"{describe_memory(cfg, model, world.device, dtype, compiled)}\n"
+               f"machine: {world.device.type}, {precision}, "
                + ("compiled" if compiled else f"eager ({why_not})"))
-    if world.device.type == "cuda":
-        _, card = torch.cuda.mem_get_info(world.device)
-        advice = f"; too small: {advise_on_memory(cfg, world.size)}" * (total > card)
-        ddp.print0(f"GPU: {torch.cuda.get_device_name(world.device)}, {card / 1e9:.2f} GB{advice}")
 
 
 def build(cfg, world, data, start):
@@ -164,10 +152,10 @@ def build(cfg, world, data, start):
     (raw_model, model, optimizer, autocast, scaler) on the rank's device. model is raw_model,
     compiled and under DDP where they are in use. start: what find_start returned.
     """
-    if cfg.deterministic:
-        use_deterministic_kernels()
     dtype = resolve_dtype(cfg.dtype, world.device)
     compiled, why_not = resolve_compile(cfg.compile, world.device)
+    if cfg.deterministic:
+        require_determinism(compiled)
     raw_model = build_model(cfg, data.meta["vocab_size"], start).to(world.device)
     optimizer = make_optimizer(cfg, raw_model, fused=compiled)
     autocast = torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32)
@@ -189,7 +177,10 @@ def train(cfg, world):
     data = DataLoader(cfg, world)
     tokenizer = get_tokenizer(data.meta["tokenizer"]) if cfg.sample_tokens else None
     start = find_start(cfg, data)
-    raw_model, model, optimizer, autocast, scaler = build(cfg, world, data, start)
+    before = start["config"]["batch_size"] if is_checkpoint(start) else None
+    cfg = choose_batch_size(cfg, world.device, data.meta["vocab_size"], before)
+    with explain_out_of_memory(cfg):
+        raw_model, model, optimizer, autocast, scaler = build(cfg, world, data, start)
     step, best_step, best_val_loss, metrics_state = 0, 0, float("inf"), None
     resuming = is_checkpoint(start)
     if resuming:
@@ -213,7 +204,7 @@ def train(cfg, world):
         ddp.broadcast_from_rank0(lambda: checkpoint.lock(cfg.out_dir))
     peak = peak_flops(world.device, resolve_dtype(cfg.dtype, world.device))
     metrics = Metrics(cfg, world, raw_model.flops_per_token(), peak, metrics_state, step)
-    with metrics.writer:   # closes metrics.jsonl and wandb
+    with explain_out_of_memory(cfg), metrics.writer:   # which closes metrics.jsonl and wandb
         while True:
             finished = step >= cfg.max_iters
             stop_requested = ddp.all_reduce_max(int(stop.requested)) > 0   # all stop together
@@ -223,7 +214,7 @@ def train(cfg, world):
                 metrics.check_skipped()   # waits for the device, so that the clock counts its work
                 metrics.stop_clock()
                 if evaluating:
-                    val_loss, stderr = evaluate(raw_model, data, autocast)
+                    val_loss, stderr = evaluate(raw_model, data.val(cfg.batch_size), autocast)
                     metrics.log_eval(step, val_loss, stderr)
                     if tokenizer and world.is_rank0:
                         metrics.log_sample(step, sample_text(raw_model, tokenizer,
@@ -272,7 +263,7 @@ def train(cfg, world):
 
 def main(argv):
     cfg = load_config(argv, ddp.world_size())
-    with ddp.explain_lost_rank(), explain_out_of_memory(cfg):
+    with ddp.explain_lost_rank():
         train(cfg, ddp.setup(pick_device(cfg.device), cfg.backend))
     ddp.cleanup()
 

@@ -27,13 +27,22 @@ def test_a_good_machine_gets_a_report(tmp_path):
     assert done.returncode == 0 and "all checks passed" in done.stdout, done.stdout + done.stderr
     assert report["problems"] == [] and report["tests"].startswith("1 passed")
     runs = report["training"]
-    assert runs.keys() == {"sophiag", "adamw", "lion"}
+    assert runs.keys() == set(check_gpu.RUNS)
+    assert {name: r["batch_size"] for name, r in runs.items()} == {
+        name: 4 if name.endswith(check_gpu.AUTO) else 2 for name in runs}
     assert all(r["last_val_loss"] < r["first_val_loss"] and r["skipped"] == 0
                and r["tokens_per_sec"] * r["ms_per_step"] == pytest.approx(4 * 16 * 1e3)
                for r in runs.values())
     assert report["sophiag_overhead"] == pytest.approx(
         runs["sophiag"]["ms_per_step"] / runs["adamw"]["ms_per_step"] - 1)
-    assert {r["section"] for r in report["bench"]} == {"optimizer", "step", "memory"}
+    assert {r["section"] for r in report["bench"]} == {"optimizer", "step", "attention",
+                                                      "memory"}
+    step = report["step"]
+    assert step.keys() >= {"clocks under load", "ms, second half of the steps",
+                           "whole step, kernels"}
+    assert all(value > 0 for name, value in step.items() if not name.startswith("clocks"))
+    assert step["whole step, busy_ms"] <= step["whole step, span_ms"]
+    assert step["whole step, kernels"] > step["adamw, kernels"]
 
 
 def test_each_reason_of_a_failure_is_named(tmp_path, monkeypatch, capsys):
@@ -42,14 +51,15 @@ def test_each_reason_of_a_failure_is_named(tmp_path, monkeypatch, capsys):
         lines.append("1 failed")
         problems += ["tests/test_cuda.py: 1 failed"] * ("pytest" in words)
 
-    def train_with(optimizer, words):
-        if optimizer == "lion":
+    def train_with(name, words):
+        if name == "lion":
             raise RuntimeError("out of memory")
         return {"ms_per_step": 1, "skipped": 0, "first_val_loss": 5,
-                "last_val_loss": 4 if optimizer == "sophiag" else 6}
+                "last_val_loss": 6 if name == "adamw" else 4}
 
     monkeypatch.setattr(check_gpu, "run_python", fail_tests)
     monkeypatch.setattr(check_gpu, "train_with", train_with)
+    monkeypatch.setattr(check_gpu, "explain_step", lambda words, seconds: {"ms": 1})
     with pytest.raises(SystemExit) as exited:
         check_gpu.main(["--device=cpu", f"--report={tmp_path}/report.md", *TINY])
     assert exited.value.code == (

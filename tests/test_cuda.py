@@ -269,14 +269,26 @@ def test_float16_recovers_from_overflow_in_both_passes(device, tiny_data, tmp_pa
 
 
 def test_a_deterministic_run_resumes_bit_for_bit(device, tiny_data, tmp_path):
-    """Each start is a new process, which cuBLAS needs to be deterministic."""
+    """Each start is a new process, which cuBLAS needs to be deterministic. Attention's backward
+    pass adds up the parts of 8 blocks of keys, in any order if it is not deterministic."""
+    length = 1024 if device.type == "cuda" else 32
     for name, end, start in ("whole", 20, "scratch"), ("parts", 10, "scratch"), ("parts", 20,
                                                                                  "resume"):
         knobs = {**SETTINGS, "dataset": tiny_data, "device": device.type, "dropout": 0.1,
-                 "deterministic": True, "out_dir": tmp_path / name, "max_iters": end}
+                 "deterministic": True, "out_dir": tmp_path / name, "max_iters": end,
+                 "block_size": length}
         done = run("train.py", *flags(**knobs, init_from=start), PYTHONPATH=str(ROOT))
         assert done.returncode == 0, done.stdout + done.stderr
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_the_default_batch_size_is_the_whole_batch_of_a_small_model_on_a_gpu(device, tiny_data,
+                                                                           tmp_path):
+    log = train_here(tmp_path, tiny_data, device, batch_size=None, total_batch_size=64, max_iters=2,
+                     dtype="auto")
+    assert len(log) == 2 and log[-1]["train/skipped"] == 0
+    saved = checkpoint.load(tmp_path / "ckpt_00000002.pt")["config"]["batch_size"]
+    assert saved == (64 if device.type == "cuda" else 8)
 
 
 def test_cached_generation_equals_uncached(device):

@@ -52,7 +52,7 @@ def test_an_epoch_reads_every_window_once(positions, stream):
         assert sorted(epoch) == list(range(phase, phase + 125 * T, T))   # no gap, no overlap
         assert epoch != sorted(epoch)
     for x, y in [loader(positions).train(3), loader(positions).hessian(3)[:2],
-                 *loader(positions).val()]:
+                 *loader(positions).val(1)]:
         assert x.dtype == y.dtype == torch.int64
         assert torch.equal(x, x[:, :1] + torch.arange(T)) and torch.equal(y, x + 1)
 
@@ -124,9 +124,9 @@ def test_hutchinson_direction_depends_only_on_seed_and_update(positions):
         assert abs((one * other).mean()) < 0.1
 
 
-def val_starts(data, size=1, **settings):
+def val_starts(data, size=1, batch_size=1, **settings):
     """Start positions of the evaluation windows, one list per rank."""
-    return [[start for x, _ in loader(data, rank, size, **settings).val()
+    return [[start for x, _ in loader(data, rank, size, **settings).val(batch_size)
              for start in x[:, 0].tolist()] for rank in range(size)]
 
 
@@ -139,9 +139,9 @@ def test_evaluation_windows_are_fixed_and_spread(positions):
     assert some[0] == 0 and some[-1] >= 37 * T * 11 // 12 - T
     assert set(np.diff(some)) <= {3 * T, 4 * T}
     used = loader(positions, eval_iters=1)
-    first = list(used.val())
+    first = list(used.val(1))
     used.train(5)
-    assert all(torch.equal(a[0], b[0]) for a, b in zip(first, used.val(), strict=True))
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(first, used.val(1), strict=True))
     for change in dict(seed=2), dict(optimizer="lion"), dict(batch_size=3), dict(batch_size=12):
         assert val_starts(positions, eval_iters=1, **change) == [some]
 
@@ -191,7 +191,7 @@ def test_bins_of_nanogpt_are_gpt2_tokens(tmp_path):
     assert (batches.meta["tokenizer"], batches.meta["vocab_size"]) == ("gpt2", 50_257)
     assert batches.train(0)[0].max() == 50_256
     with pytest.raises(UserError, match="val.bin.* 50257, beyond"):
-        list(batches.val())
+        list(batches.val(1))
 
 
 def test_uint32_bins(tmp_path):
@@ -205,7 +205,7 @@ def test_uint32_bins(tmp_path):
 def test_a_token_beyond_the_vocabulary_is_refused(tmp_path):
     folder = write_data(tmp_path, [64, 65] * 100, [65] * 200, vocab_size=65)
     batches = loader(folder)
-    for stream in batches.train, batches.hessian, lambda _: list(batches.val()):
+    for stream in batches.train, batches.hessian, lambda _: list(batches.val(1)):
         with pytest.raises(UserError, match=r"(train|val)\.bin holds token id 65"):
             stream(0)
 

@@ -187,6 +187,26 @@ def test_dropout_is_active_only_in_training():
     assert torch.equal(model(idx), model(idx))
 
 
+def test_evaluation_and_generation_keep_off_cudnns_attention(monkeypatch):
+    """They have many shapes, and cuDNN plans each. PyTorch's choice for training stays."""
+    allowed, attention = [], F.scaled_dot_product_attention
+
+    def recorded(*args, **settings):
+        allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return attention(*args, **settings)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", recorded)
+    model, idx = GPT(TINY), torch.zeros(1, 8, dtype=int)
+    model(idx, targets=idx).backward()
+    model(idx, label_noise=torch.rand(1, 8)).backward()
+    assert allowed == [True] * 2 * TINY.n_layer
+    allowed.clear()
+    with torch.no_grad():
+        model.token_losses(idx, idx)
+    model.generate(idx, 3)
+    assert allowed == [False] * 4 * TINY.n_layer and torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_crop_block_size_does_not_change_the_logits():
     model = build(TINY)
     idx = torch.randint(0, 65, (2, 8))

@@ -1,8 +1,6 @@
 """train.py end to end: ranks, resume, precisions, compile, and the Hessian estimates over ranks."""
 import json
-import re
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,35 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import lion
 import muon
 import sophia
-from configurator import load_config
-from ddp import World
-from model import GPT, GPTConfig
-from train import print_summary
 
 OPTIMIZERS = ("sophiag", "adamw", "lion", "muon")
 ESTIMATORS = ("gnb", "hutchinson", "empirical_fisher")
-
-
-# ---------------------------------------------------------------- start-up lines
-
-@pytest.mark.parametrize("gigabytes, fits", [(12, True), (8, False)])
-def test_a_gpu_too_small_for_the_memory_estimate_gets_advice(monkeypatch, capsys, gigabytes, fits):
-    """GPT-2 small: weights, gradients and two state tensors take 4 bytes per number."""
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, gigabytes * 10**9))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Test")
-    data = SimpleNamespace(tokens=SimpleNamespace(count=10**6), meta={"tokenizer": "gpt2"},
-                           windows=976)
-    with torch.device("meta"):
-        model = GPT(GPTConfig())
-    print_summary(load_config([], 8), World(0, 8, torch.device("cuda")), data, model,
-                  torch.bfloat16, compiled=True, why_not=None)
-    lines = capsys.readouterr().out.splitlines()
-    line = next(line for line in lines if line.startswith("memory: "))
-    total, weights, gradients, state, activations, head = map(float, re.findall(r"\d+\.\d+", line))
-    assert total == pytest.approx(weights + gradients + state + activations + head, abs=0.03)
-    assert (gradients, state) == (0.5, 0.99) and fits == (total < gigabytes)
-    assert lines[-1].startswith(f"GPU: NVIDIA Test, {gigabytes}.00 GB")
-    assert ("lower --batch_size, which is 12, for example to 10" in lines[-1]) == (not fits)
 
 
 # ---------------------------------------------------------------- ranks

@@ -6,9 +6,6 @@ import resource
 import pytest
 from harness import STEP, Run, assert_refused, at
 
-from configurator import load_config
-from device import advise_on_memory
-
 pytestmark = pytest.mark.slow
 
 
@@ -32,9 +29,3 @@ def test_out_of_memory_advises_a_batch_size_that_fits(tiny_data, tmp_path, ranks
     advised = re.search(r"for example to (\d+)", processes[-1].output())[1]
     for process in run.start_ranks(f"--batch_size={advised}", faults=[None] * ranks):
         assert process.end() == 0, process.output()
-
-
-def test_the_advice_for_a_batch_size_of_one_is_not_to_lower_it():
-    cfg = load_config(["--batch_size=1"])
-    assert "--batch_size is 1 and cannot be lowered" in advise_on_memory(cfg, 1)
-    assert "for example to 10;" in advise_on_memory(load_config(["--batch_size=12"]), 8)

@@ -9,7 +9,7 @@ import ddp
 from device import resolve_compile, resolve_dtype
 from init_from import build_model
 from model import rows_per_chunk
-from optim import STATE_TENSORS
+from optim import STATE_TENSORS, parameter_groups
 from script import RankError
 
 # Share of the free memory that an estimate may fill. Estimates were 1% to 12% too high on an H200.
@@ -24,13 +24,14 @@ def memory_estimate(cfg, model, dtype, compiled):
     micro-batch and s bytes per number of dtype:
         weights      4 P, plus s P for their copies if dtype is not float32
         gradients    4 P
-        state        4 P per tensor of optimizer state
+        state        4 P per tensor of optimizer state; Muon has one per matrix, else two
         activations  N L C (14 s + 8): per layer the float32 inputs of two LayerNorms, the inputs of
                      four matmuls (7 C), q, k, v (3 C) and the input of GELU (4 C)
         head         4 E for its weight's gradient, and the float32 logits of a chunk, 3 times
                      if compiled and 6 times if eager
-    All exist at the head of each micro-batch but the first. The true peak is higher for an eager
-    update of a model with few layers, and for Hutchinson's estimator. CUDA, NCCL and fragmentation
+    All exist at the head of each micro-batch but the first. The true peak is higher if the
+    update needs more than the activations, which an eager one or Muon's does for tiny batches, and for
+    Hutchinson's estimator. CUDA, NCCL and fragmentation
     add to it.
     """
     bytes_each = dtype.itemsize
@@ -40,7 +41,8 @@ def memory_estimate(cfg, model, dtype, compiled):
     chunk = 4 * min(rows, tokens) * len(head)
     return {"weights": parameters * (4 + bytes_each * (dtype != torch.float32)),
             "gradients": 4 * parameters,
-            "state": 4 * parameters * STATE_TENSORS[cfg.optimizer],
+            "state": 4 * sum(tensors * p.numel() for tensors, group in zip(
+                STATE_TENSORS[cfg.optimizer], parameter_groups(model, 0)) for p in group["params"]),
             "activations": tokens * cfg.n_layer * cfg.n_embd * (14 * bytes_each + 8),
             "head": 4 * head.numel() + chunk * (3 if compiled else 6)}
 

@@ -8,7 +8,8 @@ from lion import Lion
 from muon import Muon
 from sophia import SophiaG
 
-STATE_TENSORS = {"sophiag": 2, "adamw": 2, "lion": 1, "muon": 2}   # tensors of state per parameter
+# Tensors of state per parameter of each of parameter_groups.
+STATE_TENSORS = {"sophiag": (2, 2), "adamw": (2, 2), "lion": (1, 1), "muon": (1, 2)}
 MUON_ADAMW_BETA1 = 0.9   # of muon's AdamW; beta1 is Muon's momentum, beta2 that AdamW's
 
 

@@ -18,6 +18,7 @@ from model import GPT, GPTConfig
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer, dtype, batch_size, block_size", [
     ("sophiag", "float32", 8, 256), ("lion", "bfloat16", 8, 256),   # mostly activations
+    ("muon", "float32", 8, 256),
     ("adamw", "float32", 1, 32), ("lion", "float32", 1, 32)])       # mostly weights and state
 def test_memory_estimate_is_near_what_the_allocator_counts(optimizer, dtype, batch_size,
                                                            block_size):

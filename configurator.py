@@ -41,7 +41,7 @@ class TrainConfig:
                           "finetune: a run, a checkpoint (nanoGPT's too), a Hugging Face folder, "
                           "gpt2[-medium|-large|-xl]")
     seed: int = knob(1337, "seeds initial weights, data order, label noise and dropout")
-    eval_interval: int = knob(1000, "steps between evaluations, each followed by a checkpoint")
+    eval_interval: int = knob(1000, "steps between evaluations, each with a checkpoint")
     eval_iters: int = knob(10, "evaluation batches of total_batch_size sequences; 0: all of val")
     eval_only: bool = knob(False, "evaluate once and stop")
     log_interval: int = knob(10, "steps between log lines")
@@ -60,12 +60,10 @@ class TrainConfig:
     n_embd: int = knob(768, "width")
     dropout: float = knob(0.0, "dropout; 0 for pretraining")
     bias: bool = knob(False, "biases in Linear and LayerNorm")
-    init_std: float = knob(0.02, "standard deviation of initial weights; 0.02 suits a width "
-                           "of 768; 1 / sqrt(n_embd) suits smaller ones")
+    init_std: float = knob(0.02, "std of initial weights; in small models 1/sqrt(n_embd)")
     scale_attn_by_inverse_layer_idx: bool = knob(True, "divide attention scores by layer index + 1")
     # optimizer
-    optimizer: str = knob("sophiag", "sophiag | adamw | lion | muon (AdamW for embeddings, "
-                         "norms and biases)")
+    optimizer: str = knob("sophiag", "sophiag | adamw | lion | muon (for Linear; else adamw)")
     learning_rate: float = knob(6e-4, "peak learning rate")
     min_lr: float | None = knob(None, "final learning rate (default: learning_rate / 10)")
     max_iters: int = knob(100_000, "steps")
@@ -74,8 +72,8 @@ class TrainConfig:
     decay_lr: bool = knob(True, "cosine decay; False: constant after warmup")
     weight_decay: float | None = knob(None, "decoupled, on Linear weights only (default: 0.2 "
                                       "sophiag, 0.1 adamw and muon, 0.6 lion)")
-    beta1: float | None = knob(None, "default: 0.965 sophiag, 0.9 adamw, 0.95 lion, 0.95 muon (its "
-                               "momentum; its AdamW has 0.9)")
+    beta1: float | None = knob(None, "default: 0.965 sophiag, 0.9 adamw, 0.95 lion and muon (its "
+                               "momentum)")
     beta2: float | None = knob(None, "default: 0.99 sophiag, 0.95 adamw and muon, 0.98 lion")
     grad_clip: float = knob(1.0, "maximum gradient norm; 0: no clipping")
     rho: float = knob(0.05, "sophiag: clipping threshold; a larger rho gives a larger win_rate")

@@ -29,10 +29,9 @@ def memory_estimate(cfg, model, dtype, compiled):
                      four matmuls (7 C), q, k, v (3 C) and the input of GELU (4 C)
         head         4 E for its weight's gradient, and the float32 logits of a chunk, 3 times
                      if compiled and 6 times if eager
-    All exist at the head of each micro-batch but the first. The true peak is higher if the
-    update needs more than the activations, which an eager one or Muon's does for tiny batches, and for
-    Hutchinson's estimator. CUDA, NCCL and fragmentation
-    add to it.
+    All exist at the head of each micro-batch but the first. The true peak is higher if an
+    update needs more than the activations, as an eager one or Muon's does with tiny batches, and
+    for Hutchinson's estimator. CUDA, NCCL and fragmentation add to it.
     """
     bytes_each = dtype.itemsize
     parameters, head = model.num_params(), model.lm_head.weight

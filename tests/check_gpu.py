@@ -34,7 +34,7 @@ from script import ROOT, ArgumentParser, UserError, run_script, write_atomically
 
 TIMEOUT = 300   # seconds, for the tests and for the benchmark
 AUTO, NO_CUDNN = ", largest batch_size", ", attention without cuDNN"
-RUNS = "adamw", "adamw" + AUTO, "adamw" + NO_CUDNN, "sophiag", "sophiag" + AUTO, "lion"
+RUNS = "adamw", "adamw" + AUTO, "adamw" + NO_CUDNN, "sophiag", "sophiag" + AUTO, "lion", "muon"
 
 
 def git_commit():

@@ -61,8 +61,9 @@ def check_folder(run):
     if not os.path.exists(os.path.join(run.path, "config.json")):
         return
     found = read_config(run.path)
-    for key, value in run.config.items():
-        if key not in ("out_dir", "init_from", "wandb_run_name") and found.get(key) != value:
+    for key, value in run.config.items():   # None: train.py has chosen it
+        own = key in ("out_dir", "init_from", "wandb_run_name")
+        if not own and value not in (None, found.get(key)):
             raise UserError(f"{run.path} holds a run with {key}={found.get(key)}, not {value}; "
                             f"choose another --out_dir")
 

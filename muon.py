@@ -17,13 +17,8 @@ EPS = 1e-8   # AdamW's
 
 def nesterov(m, g, u, *, mu, skip=None):
     """
-    Momentum of a matrix and its look-ahead, in place:
-
-        m <- mu m + (1 - mu) g
-        u <- mu m + (1 - mu) g
-
-    The papers' sum mu m + g is 1 / (1 - mu) times as large, which orthogonalization removes. If
-    skip is 1, m does not change and u becomes m.
+    m <- mu m + (1 - mu) g, then u <- mu m + (1 - mu) g, in place. The papers' sum mu m + g is
+    1 / (1 - mu) times as large, which orthogonalization removes. If skip is 1, m stays.
     """
     g = g if skip is None else torch.where(skip > 0, m, g)
     m.add_((g - m).mul_(1 - mu))
@@ -31,10 +26,8 @@ def nesterov(m, g, u, *, mu, skip=None):
 
 
 def orthogonalize(u):
-    """
-    Roughly U V^T for each matrix U S V^T in u (n, rows, columns): five quintic iterations bring
-    most singular values between 0.7 and 1.2.
-    """
+    """Roughly U V^T for each matrix U S V^T in u (n, rows, columns): five quintic iterations bring
+    most singular values between 0.7 and 1.2."""
     a, b, c = NEWTON_SCHULZ
     tall = u.shape[-2] > u.shape[-1]
     x = u / u.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)   # singular values of at most 1
@@ -64,9 +57,9 @@ class Muon(Optimizer):
         theta <- theta (1 - lr lambda) - lr 0.2 sqrt(max(rows, columns)) o
 
     The scale gives o the root mean square of AdamW's updates, about 0.2, so AdamW's learning rate
-    and weight decay suit both parts. This is torch.optim.Muon with adjust_lr_fn="match_rms_adamw",
-    with matrices of equal shape in one batch. Matrix products are bfloat16 on a GPU. On a CPU they
-    keep the parameters' dtype, which is faster there.
+    and weight decay suit both parts. torch.optim.Muon(adjust_lr_fn="match_rms_adamw") is the same
+    without batches: here matrices of equal shape are orthogonalized in one. Products are bfloat16
+    on a GPU. On a CPU they keep the parameters' dtype, which is faster there.
 
     Args:
         params: parameter groups, or parameters, which must be matrices. A group with

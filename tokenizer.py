@@ -13,7 +13,6 @@ ENCODER_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf6367
 class Bytes:
     """UTF-8 bytes 0-255 and an end-of-text id. There is no vocabulary to download."""
     name, vocab_size, eot_id, start_id = "bytes", 257, 256, 256
-    tokens_per_byte = 1
 
     def encode(self, text):
         return list(text.encode("utf-8"))
@@ -30,7 +29,6 @@ class Bytes:
 
 class Tiktoken:
     """A byte-pair encoding of tiktoken, such as gpt2."""
-    tokens_per_byte = 0.3   # 0.23 for English text, more for code
 
     def __init__(self, name):
         self.name, self.bpe = name, load_encoding(name)
@@ -101,8 +99,7 @@ def get_tokenizer(name):
     """
     Bytes, Tiktoken or, for a list of characters instead of a name, Characters. Text starts after
     start_id. decode() drops eot_id, which ends every document. Of Bytes and Tiktoken,
-    byte_strings() returns {bytes: id} of all other tokens, and tokens_per_byte is an estimate.
-    Raises UserError.
+    byte_strings() returns {bytes: id} of all other tokens. Raises UserError.
     """
     if isinstance(name, list):
         return Characters(name)

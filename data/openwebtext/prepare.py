@@ -15,7 +15,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))   # the repository root
 
-from data.documents import Files, hub_files
+from data.documents import find_files, hub_files, load_documents
 from data.tokenize_to_bin import make_parser, split_by_hash, write_bins
 from script import run_script
 
@@ -26,16 +26,18 @@ def split_like_nanogpt(rows):
     """Same rows in val as train_test_split(test_size=0.0005, seed=2357) of `datasets`."""
     order = np.random.default_rng(SEED).permutation(rows)
     val = set(order[:math.ceil(VAL_FRACTION * rows)].tolist())
-    return lambda index, utf8: "val" if index in val else "train"
+    return lambda index, text: index in val
 
 
 def main(argv):
     parser = make_parser(__doc__, "gpt2")
     parser.add_argument("--source", help="folder, pattern or URL of the files (default: the hub)")
     args = parser.parse_args(argv)
-    source = Files(args.source or hub_files("Skylion007/openwebtext"))
-    assign_split = split_like_nanogpt(source.rows) if source.rows else split_by_hash(VAL_FRACTION)
-    write_bins(args, source, assign_split)
+    files = find_files(args.source) if args.source else hub_files("Skylion007/openwebtext")
+    args.source_bytes = sum(files.values())   # another size is another data set
+    documents, rows = load_documents(files)
+    in_val = split_like_nanogpt(rows) if rows else split_by_hash(VAL_FRACTION)
+    write_bins(args, documents, in_val, rows)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,10 @@ import sys
 import sysconfig
 from pathlib import Path
 
+from datasets import Dataset
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))   # the repository root
 
-from data.documents import Texts
 from data.tokenize_to_bin import make_parser, write_bins
 from script import run_script
 
@@ -28,7 +29,8 @@ def main(argv):
     paths = [path.relative_to(root) for path in root.rglob("*.py")]
     names = sorted(path.as_posix() for path in paths if not LEFT_OUT & set(path.parts[:-1]))
     texts = [(root / name).read_text(encoding="utf-8", errors="replace") for name in names]
-    write_bins(args, Texts(texts), lambda index, utf8: "val" if in_val(names[index]) else "train")
+    write_bins(args, Dataset.from_dict({"text": texts}).to_iterable_dataset(),
+               lambda index, text: in_val(names[index]), len(texts))
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def find_files(source):
     pattern that matches no known suffix is txt. Raises UserError."""
     with reading(source):
         fs, path = fsspec.url_to_fs(source)
-        folder = fs.isdir(path)
+        folder = fs.exists(path) and fs.info(path)["type"] == "directory"
         found = fs.find(path) if folder else fs.glob(path)
         paths = [p for p in found if SUFFIXES.search(p)] or (not folder and found)
         if not paths:

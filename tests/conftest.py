@@ -90,7 +90,8 @@ class Fork:
         with mock.patch.dict(os.environ, environment(PYTHONPATH=str(ROOT),
                                                      CUDA_VISIBLE_DEVICES="")):
             # every optimizer imports torch._dynamo when it is built
-            FORKS.set_forkserver_preload(["pytest", "train", "sample", "compare", "torch._dynamo"])
+            FORKS.set_forkserver_preload(["pytest", "train", "sample", "compare", "torch._dynamo",
+                                          "datasets"])
             forkserver.ensure_running()
         self.process = FORKS.Process(target=_in_fork, args=(script, list(map(str, words)),
                                                             (stdout, stderr), first, env))

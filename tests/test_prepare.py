@@ -19,6 +19,7 @@ import sysconfig
 import time
 from argparse import Namespace
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -26,7 +27,7 @@ import numpy as np
 import pyarrow
 import pytest
 import tiktoken
-from conftest import ROOT, command, environment, run, train
+from conftest import ROOT, Fork, command, environment, run, train
 from datasets import Dataset
 from pyarrow import parquet
 from transformers import GPT2TokenizerFast
@@ -39,14 +40,7 @@ from script import UserError
 from tokenizer import get_tokenizer
 
 OPENWEBTEXT, CUSTOM = ROOT / "data/openwebtext/prepare.py", ROOT / "data/custom/prepare.py"
-# Runs a script with small batches and a save after each, so that tests can interrupt it.
-IMPATIENT = """
-import runpy, sys
-from data import documents
-documents.BATCH_DOCUMENTS = 100
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+SMALL_BATCHES = "from data import documents; documents.BATCH_DOCUMENTS = 100"
 
 
 def some_documents(count, seed=0):
@@ -133,31 +127,28 @@ def test_openwebtext_equals_a_plain_loop(shards, expected, tmp_path, workers):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_an_interrupted_run_resumes(shards, expected, tmp_path, number):
-    words = [sys.executable, "-c", IMPATIENT, str(OPENWEBTEXT), f"--source={shards[0]}",
-             f"--out_dir={tmp_path}", "--workers=2"]
-    rng, stops = random.Random(int(number)), 0
+    words = [f"--source={shards[0]}", f"--out_dir={tmp_path / 'out'}", "--workers=2"]
+    output, errors = tmp_path / "stdout", tmp_path / "stderr"
+    progress, rng, stops = tmp_path / "out/unfinished.json", random.Random(int(number)), 0
     while True:
-        process = subprocess.Popen(words, cwd=ROOT, env=environment(), text=True,
-                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        before = (tmp_path / "unfinished.json").exists() and (
-            tmp_path / "unfinished.json").read_text()
-        while stops < 4 and process.poll() is None:   # until it has saved progress
+        before = progress.read_text() if progress.exists() else None
+        fork = Fork(OPENWEBTEXT, words, output, errors, partial(exec, SMALL_BATCHES))
+        while stops < 4 and fork.process.is_alive():   # until it has saved progress
             time.sleep(rng.uniform(0.01, 0.05))
-            if (tmp_path / "unfinished.json").exists() and (
-                    tmp_path / "unfinished.json").read_text() != before:
+            if progress.exists() and progress.read_text() != before:
                 time.sleep(rng.uniform(0, 0.05))
-                process.send_signal(number)
+                os.kill(fork.process.pid, number)
                 break
-        output, errors = process.communicate(timeout=120)
-        assert "Traceback" not in errors, errors
-        if process.returncode == 0:
+        code = fork.end()
+        assert "Traceback" not in errors.read_text()
+        if code == 0:
             break
-        assert process.returncode == (130 if number == signal.SIGINT else -number), errors
-        assert not (tmp_path / "meta.json").exists()
+        assert code == (130 if number == signal.SIGINT else -number)
+        assert not (tmp_path / "out/meta.json").exists()
         stops += 1
-    assert stops >= 2 and "resuming after" in output
-    assert bins(tmp_path) == expected
-    assert sorted(os.listdir(tmp_path)) == ["meta.json", "train.bin", "val.bin"]
+    assert stops >= 2 and "resuming after" in output.read_text()
+    assert bins(tmp_path / "out") == expected
+    assert sorted(os.listdir(tmp_path / "out")) == ["meta.json", "train.bin", "val.bin"]
 
 
 def write_format(folder, texts, suffix, first=100):
@@ -295,8 +286,9 @@ def test_a_large_vocabulary_takes_four_bytes(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_source(tmp_path):
     """Compares the peak memory of preparing 16 MB and 160 MB."""
-    code = IMPATIENT + (
-        "\nimport resource\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
+    code = ("import resource, runpy, sys; sys.argv = sys.argv[1:]; "
+            "runpy.run_path(sys.argv[0], run_name='__main__'); "
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
     peaks = []
     for copies in 1, 10:
         folder = tmp_path / str(copies)

@@ -61,7 +61,7 @@ def test_openwebtext_can_be_prepared_from_local_files(copy, tmp_path):
 def test_ones_own_text_becomes_a_model_in_three_commands(copy):
     (copy / "book.txt").write_text("It was the best of times, it was the worst of times.\n" * 3774)
     assert "--dataset=data/book" in shell(command("book.txt"), copy)
-    assert load_meta(str(copy / "data/book"))["val_tokens"] == 20_003   # a tenth
+    assert 20_003 <= load_meta(str(copy / "data/book"))["val_tokens"] < 20_010   # a tenth
     assert "finished at step 2" in shell(command("--dataset=book") + QUICK, copy)
     assert "tokens in" in shell(command("sample.py out/book") + " --max_new_tokens=5", copy)
 

@@ -21,6 +21,7 @@ from script import UserError
 SUFFIXES = re.compile(r"\.(parquet|jsonl|txt)(\.gz|\.zst)?$")
 TEXT_TYPES = re.compile("(dictionary<values=)?(large_)?(string|binary)")   # arrow's names
 SEPARATOR = "<|endoftext|>"
+BEGINNINGS = tuple(SEPARATOR[:n] for n in range(1, len(SEPARATOR)))
 TXT_CHARS = 2**16     # longer txt documents are cut, at the end of a line if possible
 BATCH_DOCUMENTS = 1000
 
@@ -96,13 +97,16 @@ def check_field(field, fields):
 
 
 def read_lines(url, limit=-1):
-    """Yield lines of at most `limit` characters. Invalid UTF-8 becomes lone surrogates."""
+    """Yield lines, in parts of about `limit` characters. Invalid UTF-8 becomes lone surrogates."""
     codec = {".gz": "gzip", ".zst": "zstd"}.get(url[url.rfind("."):])
     with reading(url), fsspec.open(url) as file:
         if codec:   # fsspec's .zst would end after the first frame
             file = io.BufferedReader(pyarrow.CompressedInputStream(file, codec), 2**20)
         stream = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="\n")
-        yield from iter(lambda: stream.readline(limit), "")
+        while line := stream.readline(limit):
+            while line.endswith(BEGINNINGS) and (character := stream.read(1)):
+                line += character   # a part must not end in a separator
+            yield line
 
 
 def read_jsonl(urls, field=None):
@@ -120,7 +124,7 @@ def read_txt(urls, field):
     """Yield documents, cut into pieces of at most TXT_CHARS. No line is cut, unless longer."""
     for url in urls:
         parts, size = [], 0
-        for line in read_lines(url, TXT_CHARS):
+        for line in read_lines(url, TXT_CHARS - len(SEPARATOR)):
             for i, part in enumerate(line.split(SEPARATOR)):
                 if size and (i > 0 or size + len(part) > TXT_CHARS):
                     yield {field: "".join(parts)}

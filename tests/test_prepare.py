@@ -219,15 +219,15 @@ def test_bad_lines_of_jsonl_are_counted(tmp_path):
 
 def test_cutting_txt_loses_nothing(tmp_path):
     rng = random.Random(1)
-    for separator, count in ("\n", 3000), ("", 3000), ("<|endoftext|>\n", 900), ("🙂", 40_000):
-        words = [rng.choice(["naïve", "東京\r\n", "x" * rng.randint(1, 300)])
+    for separator, count in ("\n", 3000), ("", 3000), ("<|endoftext|>", 60_000), ("🙂", 40_000):
+        words = [rng.choice(["naïve", "東京\r", "<|end", "x" * rng.randint(1, 300)])
                  for _ in range(count)]
         content = separator.join(words)
         (tmp_path / "a.txt").write_bytes(content.encode())
         pieces = [text for batch in read_batches(load(tmp_path)[0]) for text in batch]
         assert all(0 < len(piece) <= TXT_CHARS for piece in pieces)
         assert "".join(pieces) == content.replace("<|endoftext|>", "")
-        if "<" in separator:
+        if separator == "<|endoftext|>":   # some are where a block of the file ends
             assert len(pieces) == count
         if separator == "\n":
             assert len(pieces) > 2 and all(piece.endswith("\n") for piece in pieces[:-1])

@@ -23,7 +23,7 @@ TEXT_TYPES = re.compile("(dictionary<values=)?(large_)?(string|binary)")   # arr
 SEPARATOR = "<|endoftext|>"
 BEGINNINGS = tuple(SEPARATOR[:n] for n in range(1, len(SEPARATOR)))
 TXT_CHARS = 2**16     # longer txt documents are cut, at the end of a line if possible
-BATCH_DOCUMENTS = 1000
+BATCH_DOCUMENTS = 500   # in memory at a time
 
 
 @contextmanager

@@ -27,7 +27,7 @@ import numpy as np
 import pyarrow
 import pytest
 import tiktoken
-from conftest import ROOT, Fork, command, environment, run, train
+from conftest import ROOT, Fork, environment, run, train
 from datasets import Dataset
 from pyarrow import parquet
 from transformers import GPT2TokenizerFast
@@ -358,25 +358,6 @@ def test_other_files_of_a_folder_are_ignored(tmp_path):
     assert bytes(train_ids.astype(np.uint8)) == b"firstsecondfourth" and len(val_ids) == 3
     prepared(CUSTOM, f"--source={folder}/*.md", f"--out_dir={tmp_path}/md", "--tokenizer=bytes")
     assert bytes(ids_of(tmp_path / "md")[0].astype(np.uint8)) == b"# third"
-
-
-@pytest.mark.slow
-def test_standard_input_is_read_like_a_file(tmp_path):
-    text = ("It was the best of times. " * 9000).encode()
-    (tmp_path / "book.txt").write_bytes(text)
-    prepared(CUSTOM, f"--source={tmp_path}/book.txt", f"--out_dir={tmp_path}/file",
-             "--tokenizer=bytes")
-
-    def piped(text):
-        return subprocess.run(
-            command(CUSTOM, "--source=-", f"--out_dir={tmp_path}/pipe", "--tokenizer=bytes"),
-            input=text, cwd=ROOT, env=environment(), capture_output=True, timeout=120)
-
-    for _ in range(2):   # the second run has nothing to do
-        assert piped(text).returncode == 0
-        assert bins(tmp_path / "pipe") == bins(tmp_path / "file")
-    again = piped(text + b"more")
-    assert again.returncode == 2 and b"another data set" in again.stderr
 
 
 def test_data_set_scripts_fall_back_to_the_hubs_conversion(tmp_path, monkeypatch, capsys):

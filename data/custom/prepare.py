@@ -4,21 +4,19 @@ Tokenize your own text.
     python data/custom/prepare.py --source=book.txt --tokenizer=bytes --out_dir=data/book
     python train.py config/quickstart_sophiag.py --dataset=book --out_dir=out/book
 
---source: a file, folder, pattern or URL (s3://, hf://datasets/...), or - for txt from standard
-input. Formats: parquet, or jsonl and txt, also as .gz or .zst. In txt, <|endoftext|> separates
-documents, and documents over 64K characters are cut, at the end of a line if possible.
+--source: a file, folder, pattern or URL (s3://, hf://datasets/...). Formats: parquet, or jsonl
+and txt, also as .gz or .zst. In txt, <|endoftext|> separates documents, and documents over 64K
+characters are cut, at the end of a line if possible.
 
 A hash of the text chooses the validation documents. If there are few, val is the end of each.
 """
 import math
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))   # the repository root
 
-from data.documents import find_files, load_documents, reading
+from data.documents import find_files, load_documents
 from data.tokenize_to_bin import make_parser, split_by_hash, write_bins
 from script import UserError, run_script
 
@@ -33,12 +31,7 @@ def main(argv):
     parser.add_argument("--val_fraction", type=float,
                         help="share of val (default: 0.1, 0.01 of a source over 100 MB)")
     args = parser.parse_args(argv)
-    if args.source == "-":
-        stdin = tempfile.NamedTemporaryFile(suffix=".txt")   # deleted when main returns
-        with reading("standard input"):
-            shutil.copyfileobj(sys.stdin.buffer, stdin)
-            stdin.flush()
-    files = find_files(stdin.name if args.source == "-" else args.source)
+    files = find_files(args.source)
     args.source_bytes = sum(files.values())   # another size is another data set
     if args.val_fraction is None:
         args.val_fraction = 0.1 if args.source_bytes < 10**8 else 0.01

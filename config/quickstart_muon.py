@@ -11,7 +11,9 @@ eval_interval = 200
 eval_iters = 32        # 256 windows, 65,536 tokens
 log_interval = 20
 compile = False        # starts at once, without a compiler
-# Each optimizer got 8 tuning trials at this setting (results/RULES.md).
+# Each optimizer got 8 tuning trials at this setting: results/RULES.md.
 optimizer = "muon"
 learning_rate = 8e-3
-warmup_iters = 120
+warmup_iters = 240
+beta1 = 0.95           # averages over 20 steps
+beta2 = 0.9            # AdamW's part: 10 steps

@@ -15,7 +15,7 @@ quickstart: .venv/installed data/pystdlib/meta.json
 	$(PY) train.py config/quickstart_sophiag.py --init_from=auto $(ARGS)
 	$(PY) train.py config/quickstart_adamw.py --init_from=auto $(ARGS)
 	$(PY) compare.py out/quickstart-sophiag out/quickstart-adamw --plot=out/quickstart.png
-	$(PY) sample.py out/quickstart-sophiag --prompt="def " --max_new_tokens=400 --seed=2
+	$(PY) sample.py out/quickstart-sophiag --prompt="def " --max_new_tokens=400 --top_k=50 --seed=3
 	@echo "Next: look at out/quickstart.png, change a setting of config/quickstart_sophiag.py,"
 	@echo "search a learning rate with sweep.py, or read on in README.md"
 

@@ -174,7 +174,7 @@ def speedup_table():
         if arm in ARMS[1:]:
             own = statistics.mean(losses(f"8k/final/{arm}")[seed] for seed in FINAL_SEEDS)
             ratio = np.exp(np.interp(-own, -found, lengths)) / 400
-            outside = "below " * (own > found[0]) or "above " * (own < found[-1])
+            outside = "below " if own > found[0] else "above " if own < found[-1] else ""
             rows.append({"": NAMES[arm], "final val loss": f"{own:.4f}",
                          "speed-up in steps": f"{outside}{ratio:.2f}x",
                          "time of a step": f"{step_cost(arm):.2f}x",

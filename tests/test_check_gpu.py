@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, environment, flags, run
 
 TINY = flags(n_layer=1, n_head=2, n_embd=32, block_size=16, batch_size=2, total_batch_size=4,
-             hessian_batch_size=2, compile=False, dtype="float32", learning_rate=1e-3,
+             hessian_batch_size=2, compile=False, dtype="float32", learning_rate=5e-3,
              max_iters=20, lr_decay_iters=20, warmup_iters=2)
 
 

@@ -229,7 +229,7 @@ def test_links_resolve_to_files_and_headings(page):
     assert len(links) >= 3
     for link in links:
         path, _, anchor = link.partition("#")
-        target = ROOT / "docs" / path
+        target = ROOT / "docs" / (path or page)
         assert target.exists(), link
         if anchor:
             headings = re.findall(r"^#+ (.*)$", target.read_text(), re.M)

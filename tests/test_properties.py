@@ -85,8 +85,7 @@ TINIEST = {**TINY, "n_layer": 1, "n_embd": 8, "block_size": 8, "total_batch_size
            "hessian_interval": 1, "lr_decay_iters": None}
 OF_TYPE = {int: [0, 1, 2**31 - 1, 2**63 - 1, 2**70], bool: [False, True], str: [""],
            float: [0.0, 5e-324, 1 - 2**-53, 1.0, 1e30, 1.7e308]}
-EXTREMES = {name: OF_TYPE[type(getattr(load_config([]), name))] for name in NAMES} | {
-    # Up to what takes milliseconds; beyond, only what is refused at once.
+OWN = {   # up to what takes milliseconds; beyond, only what is refused at once.
     "n_layer": [0, 1, 6, 2**31], "n_embd": [0, 1, 2, 2**31 - 1, 2**63], "max_iters": [0, 1],
     "block_size": [0, 1, 598, 599, 600, 2**31 - 1, 2**63], "sample_tokens": [0, 1, 9],
     **dict.fromkeys(["batch_size", "total_batch_size", "hessian_batch_size"], [0, 1, 3, 4, 2**31]),
@@ -94,6 +93,8 @@ EXTREMES = {name: OF_TYPE[type(getattr(load_config([]), name))] for name in NAME
     "optimizer": ["", "sophiag", "adamw", "lion", "muon"], "dtype": ["", "float16", "bfloat16"],
     "hessian_estimator": ["", "gnb", "hutchinson", "empirical_fisher"],
     "device": ["", "auto", "cuda", "mps"], "backend": ["", "nccl", "gloo"]}
+EXTREMES = {**{name: OF_TYPE[type(getattr(load_config([]), name))] for name in NAMES
+               if name not in OWN}, **OWN}
 SINGLE = [(name, value) for name, values in EXTREMES.items() for value in values]
 
 

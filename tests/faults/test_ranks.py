@@ -77,7 +77,7 @@ def test_a_rank_that_cannot_read_its_data_reports_it(two_undisturbed_ranks, tiny
     ranks = run.start_ranks(faults=[None, at(STEP, 15, "before", os.truncate,
                                              data / "train.bin", 1000)])
     ends = [rank.end() for rank in ranks]
-    assert ends == [1, 2]
+    assert ends[1] == 2 and ends[0] in (1, 2)   # 2: rank 0 has read the shortened file as well
     assert "train.py: rank 1: error:" in ranks[1].output()
     assert "truncated under this run" in ranks[1].output()
     shutil.copy(tiny_data / "train.bin", data)

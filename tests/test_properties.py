@@ -58,7 +58,7 @@ def test_any_command_line_gives_valid_settings_or_an_error(pairs, ranks):
     cfg = valid(load_config, [f"--{name}={text}" for name, text in pairs], ranks)
     if cfg:
         well_typed(cfg)
-        assert cfg.total_batch_size % (cfg.batch_size * ranks) == 0
+        assert cfg.total_batch_size % ((cfg.batch_size or 1) * ranks) == 0
         assert cfg.hessian_batch_size % ranks == 0 and cfg.n_embd % cfg.n_head == 0
 
 

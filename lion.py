@@ -2,7 +2,7 @@
 import torch
 from torch.optim import Optimizer
 
-from sophia import apply_rule, match_strides
+from sophia import apply_rule, parameters_and_gradients
 
 
 def lion(theta, g, m, *, lr, beta1, beta2, decay, skip=None):
@@ -66,14 +66,9 @@ class Lion(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
+            params, grads = parameters_and_gradients(group)
             if not params:
                 continue
-            if any(p.grad.is_sparse for p in params):
-                raise RuntimeError("Lion does not support sparse gradients")
-            if any(torch.is_complex(p) for p in params):
-                raise RuntimeError("Lion does not support complex parameters")
-            grads = [match_strides(p.grad, p) for p in params]
             if group["maximize"]:
                 grads = torch._foreach_neg(grads)
             for p in params:

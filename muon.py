@@ -9,7 +9,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
-from sophia import apply_rule, match_strides
+from sophia import apply_rule, parameters_and_gradients
 
 NEWTON_SCHULZ, ITERATIONS = (3.4445, -4.7750, 2.0315), 5   # Jordan's
 EPS = 1e-8   # AdamW's
@@ -113,12 +113,7 @@ class Muon(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if any(p.grad.is_sparse for p in params):
-                raise RuntimeError("Muon does not support sparse gradients")
-            if any(torch.is_complex(p) for p in params):
-                raise RuntimeError("Muon does not support complex parameters")
-            grads = [match_strides(p.grad, p) for p in params]
+            params, grads = parameters_and_gradients(group)
             if group["maximize"] and params:
                 grads = torch._foreach_neg(grads)
             update = self._update_matrices if group["use_muon"] else self._update_others

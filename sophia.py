@@ -78,6 +78,15 @@ def match_strides(grad, p):
     return grad if grad.stride() == p.stride() else torch.empty_like(p).copy_(grad)
 
 
+def parameters_and_gradients(group):
+    """The group's parameters that have a gradient, and the gradients with the parameters' strides.
+    Raises RuntimeError if one is sparse or complex."""
+    params = [p for p in group["params"] if p.grad is not None]
+    if any(p.grad.is_sparse or torch.is_complex(p) for p in params):
+        raise RuntimeError("sparse gradients and complex parameters are not supported")
+    return params, [match_strides(p.grad, p) for p in params]
+
+
 def same_strides(row):
     """Whether the row's tensors have equal strides and no gaps in memory."""
     return (all(t.stride() == row[0].stride() for t in row)
@@ -219,27 +228,16 @@ class SophiaG(Optimizer):
         self._hessian_in_use = any(bool(local_shard(s["hessian"]).any())
                                    for s in self.state.values())
 
-    def _tensors(self, group):
-        """Lists (params, grads, exp_avgs, hessians, steps) of the parameters with a gradient.
-        Creates missing state."""
-        lists = [], [], [], [], []
-        for p in group["params"]:
-            if p.grad is None:
-                continue
-            if p.grad.is_sparse:
-                raise RuntimeError("SophiaG does not support sparse gradients")
-            if torch.is_complex(p):
-                raise RuntimeError("SophiaG does not support complex parameters")
+    def _state(self, params, group):
+        """A list of the parameters' tensors for each of step, exp_avg and hessian, created if
+        missing."""
+        for p in params:
             state = self.state[p]
             if not state:
                 state["step"] = torch.zeros((), device=p.device if group["capturable"] else "cpu")
                 state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
                 state["hessian"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            values = (p, match_strides(p.grad, p), state["exp_avg"], state["hessian"],
-                      state["step"])
-            for tensors, value in zip(lists, values):
-                tensors.append(value)
-        return lists
+        return ([self.state[p][name] for p in params] for name in ("step", "exp_avg", "hessian"))
 
     def _rho(self, group):
         """The group's rho; if it adapts, a tensor on the parameters' device, created here once."""
@@ -268,11 +266,12 @@ class SophiaG(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            params, grads, exp_avgs, hessians, steps = self._tensors(group)
+            params, grads = parameters_and_gradients(group)
             if not params:
                 continue
             if group["maximize"]:
                 grads = torch._foreach_neg(grads)
+            steps, exp_avgs, hessians = self._state(params, group)
             torch._foreach_add_(steps, 1)
             lr, skip = group["lr"], {}
             if self.found_inf is not None:
@@ -296,7 +295,8 @@ class SophiaG(Optimizer):
         rule = update_hessian if square else average_hessian
         skip = {} if self.found_inf is None else {"skip": self.found_inf}
         for group in self.param_groups:
-            _, grads, _, hessians, _ = self._tensors(group)
+            params, grads = parameters_and_gradients(group)
+            _, _, hessians = self._state(params, group)
             if grads:
                 apply_rule(rule, group["fused"], hessians, grads, beta2=group["betas"][1], **skip)
         target = self.defaults.get("target_win_rate")

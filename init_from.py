@@ -198,9 +198,6 @@ def convert(source, config, found, vocab_size, bias):
         if type(config.get(size)) is not int:
             raise UserError(f"{source} has {size}={config.get(size)!r}, not an integer (block_size "
                             f"is n_positions in config.json)")
-    if config.get("n_inner") not in (None, 4 * config["n_embd"]):
-        raise UserError(f"{source} has n_inner={config['n_inner']!r}; this GPT needs 4 x n_embd = "
-                        f"{4 * config['n_embd']}")
     # torch.compile, DDP and GPT2LMHeadModel each add a prefix to a name.
     found = {re.sub(r"^((_orig_mod|module|transformer)\.)*", "", str(name)): tensor
              for name, tensor in found.items()}

@@ -55,7 +55,6 @@ class Lion(Optimizer):
     def __setstate__(self, state):
         super().__setstate__(state)
         for group in self.param_groups:
-            group.setdefault("maximize", False)
             group["fused"] = self.defaults.get("fused")   # depends on the machine, not the run
 
     @torch.no_grad()

@@ -12,7 +12,6 @@ from torch.optim.adamw import adamw
 from sophia import apply_rule, parameters_and_gradients
 
 NEWTON_SCHULZ, ITERATIONS = (3.4445, -4.7750, 2.0315), 5   # Jordan's
-EPS = 1e-8   # AdamW's
 
 
 def nesterov(m, g, u, *, mu, skip=None):
@@ -149,4 +148,4 @@ class Muon(Optimizer):
         exp_avgs, exp_avg_sqs, steps = self._state(params, "exp_avg", "exp_avg_sq", "step")
         adamw(params, grads, exp_avgs, exp_avg_sqs, [], steps, fused=True, amsgrad=False,
               found_inf=self.found_inf, beta1=group["betas"][0], beta2=group["betas"][1],
-              lr=group["lr"], weight_decay=group["weight_decay"], eps=EPS, maximize=False)
+              lr=group["lr"], weight_decay=group["weight_decay"], eps=1e-8, maximize=False)

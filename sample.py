@@ -29,10 +29,9 @@ def main(argv):
     args = parser.parse_args(argv)
     if args.num_samples < 1 or args.max_new_tokens < 1 or args.top_k < 0:
         raise UserError("num_samples and max_new_tokens must be at least 1, top_k at least 0")
-    if not 0 < args.top_p <= 1:
-        raise UserError(f"top_p must be in (0, 1], got {args.top_p}")
-    if not 0 <= args.temperature < float("inf") or not 0 <= args.seed < 2**63:
-        raise UserError("temperature and seed must be finite and at least 0")
+    finite = 0 <= args.temperature < float("inf") and 0 <= args.seed < 2**63
+    if not (0 < args.top_p <= 1 and finite):
+        raise UserError("top_p must be in (0, 1], temperature and seed finite and at least 0")
     prompt = args.prompt
     if prompt.startswith("FILE:"):
         try:

@@ -1,5 +1,4 @@
-# A 0.9M-parameter GPT on the source code of Python's standard library, byte by byte: minutes on a
-# laptop's CPU. Data, batches, steps and evaluation are the same in every quickstart_*.py.
+# A 0.9M-parameter GPT on the source code of Python's standard library: minutes on a laptop's CPU.
 out_dir = "out/quickstart-sophiag"
 dataset = "pystdlib"
 n_layer = n_head = 4

@@ -1,5 +1,4 @@
-# GPT-2 small (125M), OpenWebText, Muon: 100k steps of 480 x 1024 tokens. Untested, and not in the
-# Sophia paper. Muon's updates have the size of AdamW's, so it takes AdamW's learning rates.
+# GPT-2 small (125M), OpenWebText, Muon, untested: 100k steps of 480 x 1024 tokens, AdamW's rates.
 out_dir = "out/gpt2-small-muon"
 wandb_log = True
 optimizer = "muon"

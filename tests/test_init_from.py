@@ -261,7 +261,6 @@ MISTAKES = {
     "positions that config.json denies": ("wpe.weight 10000000", "",
                                           edit_config(n_positions=10**12)),
     "size of another type": ("n_positions block_size", "", edit_config(n_positions="40")),
-    "inner width in config.json": ("theirs n_inner=64 128", "", edit_config(n_inner=64)),
     "untied head": ("tie_word_embeddings=False True", "", edit_config(tie_word_embeddings=False)),
     "another GELU": ("activation_function='gelu' gelu_new gelu_pytorch_tanh", "",
                      edit_config(activation_function="gelu")),

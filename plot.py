@@ -2,9 +2,13 @@
 import math
 
 import numpy as np
-from matplotlib.figure import Figure  # unlike pyplot, it needs no display
 
 from script import UserError
+
+try:
+    from matplotlib.figure import Figure  # unlike pyplot, it needs no display
+except ImportError:
+    raise UserError("plots need matplotlib: pip install matplotlib") from None
 
 VAL_LOSS = "validation loss (nats/token)"
 # (x, y, label of y) of each panel

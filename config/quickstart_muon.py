@@ -15,5 +15,4 @@ compile = False        # starts at once, without a compiler
 optimizer = "muon"
 learning_rate = 8e-3
 warmup_iters = 240
-beta1 = 0.95           # averages over 20 steps
 beta2 = 0.9            # AdamW's part: 10 steps

@@ -1,5 +1,4 @@
-# GPT-2 XL (1.56B) on OpenWebText with SophiaG: 100k steps of 480 x 1024 tokens.
-# Untested. The authors' settings for 1.5B in another code base (official repository, issue 15).
+# GPT-2 XL (1.56B), OpenWebText, SophiaG. Untested: the authors' 1.5B settings (official issue 15).
 out_dir = "out/gpt2-xl-sophiag"
 wandb_log = True
 n_layer = 48

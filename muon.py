@@ -58,7 +58,7 @@ class Muon(Optimizer):
     The scale gives o the root mean square of AdamW's updates, about 0.2, so AdamW's learning rate
     and weight decay suit both parts. torch.optim.Muon(adjust_lr_fn="match_rms_adamw") is the same
     without batches: here matrices of equal shape are orthogonalized in one. Products are bfloat16
-    on a GPU. On a CPU they keep the parameters' dtype, since few CPUs are faster in bfloat16.
+    on a GPU. On a CPU they keep the parameters' dtype: not every CPU is fast in bfloat16.
 
     Args:
         params: parameter groups, or parameters, which must be matrices. A group with

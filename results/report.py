@@ -15,7 +15,7 @@ import numpy as np
 import study
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
-from rules import ABLATIONS, ARMS, FINAL_SEEDS, MORE_SEEDS, SENSITIVITY, START, Study
+from rules import ABLATIONS, ARMS, FINAL_SEEDS, MORE_SEEDS, SENSITIVITY, make_plan
 
 RESULTS = os.path.dirname(os.path.abspath(__file__))
 NAMES = {"adamw": "AdamW", "lion": "Lion", "muon": "Muon", "sophiag": "SophiaG, fixed ρ",
@@ -45,7 +45,7 @@ BIGRAM = 2.45   # nats per byte of val.bin, from train.bin's counts of byte pair
 SQRT = "1 / sqrt(width)"
 
 ROWS = {row["name"]: row for row in study.read(study.RUNS)}
-PLAN = Study(ROWS)
+PLAN = make_plan(ROWS)
 
 
 def losses(prefix):
@@ -94,10 +94,7 @@ def markdown(rows):
 
 def points(setting):
     """The point that won each arm's trials, of the arms whose trials are done."""
-    base = START if setting == "8k" else points("8k" if setting == "1k" else "1k")
-    found = {arm: PLAN.tuning(setting, arm, base[arm]) for arm in ARMS
-             if arm in base and f"{setting}/tune/{arm}/00" in ROWS}
-    return {arm: point for arm, point in found.items() if point}
+    return {arm: point for arm, point in PLAN.tuned.get(setting, {}).items() if point}
 
 
 def best_loss(setting, arm):

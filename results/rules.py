@@ -97,6 +97,7 @@ class Study:
     def __init__(self, rows):
         self.rows = rows
         self.plan = {}   # {name: words} of all runs whose settings are known so far
+        self.tuned = {}   # {setting: {arm: point that won the trials, None while one is missing}}
 
     def loss(self, name):
         """The final loss of a run: infinite if it diverged, None if it has not run yet."""
@@ -196,7 +197,7 @@ class Study:
     def compare(self, setting, points, factor=2**0.5):
         """Choose every arm's learning rate on two more seeds, then run the finals. Returns the
         points, or None while a run before the finals is missing."""
-        found = {arm: self.learning_rate(setting, arm, point, 2 if "-" in arm else factor)
+        found = {arm: self.learning_rate(setting, arm, point, factor)
                  for arm, point in points.items()}
         if None in found.values():
             return None
@@ -204,15 +205,23 @@ class Study:
         return found
 
     def length(self, setting, start):
-        """Tune the arms in start and compare them, with the published constants beside them.
-        Returns the tuned points, or None while a run before the finals is missing."""
+        """Tune the arms in start and compare them. Returns the chosen points, or None while a run
+        before the finals is missing."""
         tuned = {arm: self.tuning(setting, arm, point) for arm, point in start.items()}
+        self.tuned[setting] = tuned
         if None in tuned.values():   # no final before every arm is tuned
             return None
-        for name, constants in PUBLISHED.items():
-            point = tuned.get(name.partition("-")[0], tuned["steered"])
-            tuned[name] = {k: point[k] for k in ("learning_rate", "warmup")} | constants
         return self.compare(setting, tuned)
+
+    def published(self, setting, points):
+        """Compare the published constants, with the warmups in points, to AdamW."""
+        found = {"adamw": points["adamw"]}
+        for name, constants in PUBLISHED.items():
+            point = points.get(name.partition("-")[0], points["steered"])
+            point = {k: point[k] for k in ("learning_rate", "warmup")} | constants
+            found[name] = self.learning_rate(setting, name, point, 2)
+        if None not in found.values():
+            self.finals(setting, found)
 
     def sensitivity(self, points):
         for arm, changes in SENSITIVITY.items():
@@ -246,13 +255,17 @@ def make_plan(rows):
     base = study.length("8k", START)
     if not base:
         return study
-    study.schedules(base["adamw"])
-    medium = study.length("1k", {arm: base[arm] for arm in ARMS})
+    medium = study.length("1k", base)
     if not medium:
         return study
-    study.length("1k-x4", {arm: medium[arm] for arm in ("adamw", "lion", "steered", "muon")})
-    study.sensitivity(medium)
+    long = study.length("1k-x4", {a: medium[a] for a in ("adamw", "lion", "steered", "muon")})
+    if not long:
+        return study
+    study.schedules(base["adamw"])
+    study.sensitivity(study.tuned["1k"])   # on seed 1, like the trials
     study.ablations(medium)
+    for setting, points in ("8k", base), ("1k", medium), ("1k-x4", long):
+        study.published(setting, points)
     for setting in "0.1M", "0.3M", "1M":
         study.compare(setting, {arm: medium[arm] for arm in ("adamw", "steered", "muon")}, factor=2)
     return study

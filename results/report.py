@@ -181,8 +181,9 @@ def speedup_table():
 
 def cost():
     on_cpu = [float(row["seconds"]) for row in ROWS.values() if "NVIDIA" not in row["machine"]]
-    return (f"{len(ROWS)} runs. {len(on_cpu)} of them took {sum(on_cpu) / 3600:.1f} hours of "
-            f"training steps on one core each; the others ran on a GPU.")
+    on_gpu = len(ROWS) - len(on_cpu)
+    return (f"{len(on_cpu)} runs took {sum(on_cpu) / 3600:.1f} hours of training steps on one core "
+            f"each" + f"; {on_gpu} ran on a GPU" * (on_gpu > 0) + ".")
 
 
 def new_axis(figure, rows, columns, index, x_label):

@@ -149,7 +149,7 @@ def test_a_power_failure_loses_no_record_older_than_the_checkpoint(undisturbed, 
 
 def test_a_second_process_cannot_use_the_run_directory_of_a_running_one(undisturbed, run):
     first = run.start(fault=at(STEP, 25, "before", signal_self, "SIGSTOP"))
-    first.wait_for("step 24/")
+    first.wait_for("sends itself SIGSTOP")
     before = snapshot(run.out_dir)
     for words in [], ["--init_from=resume"]:
         assert_refused(run.start(*words), "another process", str(run.out_dir))

@@ -87,7 +87,7 @@ def test_a_rank_that_cannot_read_its_data_reports_it(two_undisturbed_ranks, tiny
 
 def test_a_second_process_group_cannot_use_the_run_directory(two_undisturbed_ranks, run):
     first = run.start_ranks(faults=[at(STEP, 25, "before", signal_self, "SIGSTOP"), None])
-    first[0].wait_for("step 24/")
+    first[0].wait_for("sends itself SIGSTOP")
     second = run.start_ranks()
     assert_refused(second[0], "another process", str(run.out_dir))
     assert second[1].end() == 2 and second[1].output() == ""

@@ -196,10 +196,12 @@ def new_axis(figure, rows, columns, index, x_label):
 
 def gap_figure():
     """Final loss minus AdamW's, against the length of the run and the size of the model."""
-    panels = [(places, label, arms) for places, label, arms in (
-        (LENGTHS, "length: steps x tokens per step", [*ARMS, "sophiag-published"]),
-        (SIZES, "parameters (10 tokens each)", ARMS)) if any(map(finals, places))]
-    figure = Figure(figsize=(4.6 * len(panels), 4.2), dpi=160, layout="constrained")
+    panels = [({s: place for s, place in places.items() if finals(s)}, label, arms)
+              for places, label, arms in (
+                  (LENGTHS, "length: steps x tokens per step", [*ARMS, "sophiag-published"]),
+                  (SIZES, "parameters (10 tokens each)", ARMS))]
+    panels = [panel for panel in panels if panel[0]]
+    figure = Figure(figsize=(9, 4.2), dpi=160, layout="constrained")
     handles = {}
     for i, (places, label, arms) in enumerate(panels, 1):
         ax = new_axis(figure, 1, len(panels), i, label)

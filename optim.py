@@ -42,6 +42,14 @@ def make_optimizer(cfg, model, fused):
     return torch.optim.AdamW(groups, **common, fused=True)
 
 
+def resume_optimizer(optimizer, state):
+    """Load a checkpoint's state with this run's settings, which the user may have changed."""
+    for saved, own in zip(state["param_groups"], optimizer.state_dict()["param_groups"]):
+        adapted = {"rho": saved["rho"]} if own.get("target_win_rate") else {}
+        saved.update(own | adapted)
+    optimizer.load_state_dict(state)
+
+
 def hessian_due(step, cfg):
     """Whether a Hessian estimate follows update number `step`, from 1."""
     return cfg.optimizer == "sophiag" and step % cfg.hessian_interval == 0

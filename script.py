@@ -73,11 +73,9 @@ class StopSignal:
         self.name = None
         # torchrun ignores nohup: it forwards SIGHUP and kills every rank that does not exit.
         torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-        for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"):
-            number = getattr(signal, name, None)   # Windows lacks the last two
-            if number is None:
-                continue
-            ignored = name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
+        names = {"SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"}   # Windows lacks the last two
+        for number in (n for n in signal.Signals if n.name in names):
+            ignored = number.name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
             if torchrun or not ignored:
                 signal.signal(number, self._on_signal)
 

@@ -73,18 +73,14 @@ def local_shard(t):
     return t.to_local() if hasattr(t, "to_local") else t
 
 
-def match_strides(grad, p):
-    """grad with p's strides; a copy if its own differ."""
-    return grad if grad.stride() == p.stride() else torch.empty_like(p).copy_(grad)
-
-
 def parameters_and_gradients(group):
     """The group's parameters that have a gradient, and the gradients with the parameters' strides.
     Raises RuntimeError if one is sparse or complex."""
     params = [p for p in group["params"] if p.grad is not None]
     if any(p.grad.is_sparse or torch.is_complex(p) for p in params):
         raise RuntimeError("sparse gradients and complex parameters are not supported")
-    return params, [match_strides(p.grad, p) for p in params]
+    return params, [p.grad if p.grad.stride() == p.stride() else torch.empty_like(p).copy_(p.grad)
+                    for p in params]
 
 
 def same_strides(row):

@@ -24,7 +24,7 @@ from device import peak_flops, pick_device, require_determinism, resolve_compile
 from init_from import build_model, find_start, is_checkpoint
 from memory import choose_batch_size, describe_memory, explain_out_of_memory
 from metrics import Metrics
-from optim import hessian_due, lr_at, make_optimizer, statistics
+from optim import hessian_due, lr_at, make_optimizer, resume_optimizer, statistics
 from script import StopSignal, run_script
 from tokenizer import get_tokenizer
 
@@ -161,7 +161,7 @@ def build(cfg, world, data, start):
     autocast = torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
     if is_checkpoint(start):
-        optimizer.load_state_dict(start["optimizer"])
+        resume_optimizer(optimizer, start["optimizer"])
         scaler.load_state_dict(start["scaler"])
     if compiled:
         raw_model.compile_for_training()
@@ -181,12 +181,11 @@ def train(cfg, world):
     cfg = choose_batch_size(cfg, world.device, data.meta["vocab_size"], before)
     with explain_out_of_memory(cfg):
         raw_model, model, optimizer, autocast, scaler = build(cfg, world, data, start)
-    step, best_step, best_val_loss, metrics_state = 0, 0, float("inf"), None
-    resuming = is_checkpoint(start)
-    if resuming:
-        step, metrics_state = start["step"], start["metrics"]
+    step, saved_step, best_step, best_val_loss, metrics_state = 0, None, 0, float("inf"), None
+    if is_checkpoint(start):
+        step = saved_step = start["step"]
         best_step, best_val_loss = start["best_step"], start["best_val_loss"]
-    first_step = step
+        metrics_state = start["metrics"]
     del start   # as large as the model and the optimizer
 
     def save():
@@ -209,8 +208,7 @@ def train(cfg, world):
             finished = step >= cfg.max_iters
             stop_requested = ddp.all_reduce_max(int(stop.requested)) > 0   # all stop together
             evaluating = step % cfg.eval_interval == 0 or finished or cfg.eval_only
-            saved_before = resuming and step == first_step and not cfg.eval_only
-            if (evaluating or stop_requested) and not saved_before:
+            if (evaluating or stop_requested) and (step != saved_step or cfg.eval_only):
                 metrics.check_skipped()   # waits for the device, so that the clock counts its work
                 metrics.stop_clock()
                 if evaluating:

@@ -11,6 +11,7 @@ from hessian_estimates import build
 from test_model import exact_gauss_newton_diagonal
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import checkpoint
 import lion
 import muon
 import sophia
@@ -69,6 +70,18 @@ def test_all_optimizers_start_from_the_same_weights(one_and_two_ranks):
     firsts = {(records(one_and_two_ranks / f"{name}-1", "val/loss")[0]["val/loss"],
                records(one_and_two_ranks / f"{name}-1")[0]["train/loss"]) for name in OPTIMIZERS}
     assert len(firsts) == 1
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_resumed_run_uses_the_settings_it_is_given(tiny_data, tmp_path, optimizer):
+    settings = {"optimizer": optimizer, "init_from": "auto", "eval_interval": 10}
+    train(tmp_path, tiny_data, max_iters=10, target_win_rate=0.3, **settings)
+    train(tmp_path, tiny_data, max_iters=20, beta1=0.5, beta2=0.6, weight_decay=0.3, rho=0.2,
+          **settings)
+    group = checkpoint.load(checkpoint.find_latest(str(tmp_path))[0])["optimizer"]["param_groups"][0]
+    beta1 = group["momentum"] if optimizer == "muon" else group["betas"][0]
+    assert (beta1, group["betas"][1], group["weight_decay"]) == (0.5, 0.6, 0.3)
+    assert optimizer != "sophiag" or group["rho"] == 0.2
 
 
 @pytest.fixture(scope="module")

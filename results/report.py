@@ -93,19 +93,15 @@ def markdown(rows):
 
 
 def points(setting):
-    """The point that won each arm's trials, of the arms whose trials are done."""
+    """The tuned point of each arm whose tuning is done."""
     return {arm: point for arm, point in PLAN.tuned.get(setting, {}).items() if point}
-
-
-def best_loss(setting, arm):
-    return min(PLAN.loss(name) for name in ROWS if name.startswith(f"{setting}/tune/{arm}/"))
 
 
 def tuned_table():
     columns = ("learning_rate", "momentum", "second", "warmup", "rho", "target_win_rate")
     return [{"": f"**{TITLES[setting]}**, {NAMES[arm]}" if arm == "adamw" else NAMES[arm],
              **{SETTING_NAMES[c]: f"{point[c]:g}" if c in point else "" for c in columns},
-             "loss on seed 1": f"{best_loss(setting, arm):.4f}"}
+             "loss on seed 1": f"{PLAN.trial_loss(setting, arm, point):.4f}"}
             for setting in LENGTHS for arm, point in points(setting).items()]
 
 
@@ -257,8 +253,9 @@ def sensitivity_lines(name):
         prefix = f"1k/sensitivity/{arm}/{name}="
         found = {float(n.removeprefix(prefix)): PLAN.loss(n) for n in ROWS if n.startswith(prefix)}
         if found:
-            best = best_loss("1k", arm)
-            found[points("1k")[arm][name]] = best
+            point = points("1k")[arm]
+            best = PLAN.trial_loss("1k", arm, point)
+            found[point[name]] = best
             lines[arm] = sorted((value, loss - best) for value, loss in found.items())
     return lines
 

@@ -47,7 +47,10 @@ SETTINGS = {
             "--eval_iters=11"], 1600),
     "quick": (["config/quickstart_sophiag.py"], 1200),   # all four differ only in the optimizer
 }
-TRIALS = {"quick": 8, "8k": 20, "1k": 12, "1k-x4": 12}
+TRIALS = {"quick": 8, "8k": 20, "1k": 12, "1k-x4": 8}
+# With 1,024 tokens per step, losses differ more between seeds: so many of the last points that led
+# in the trials are compared on RATE_SEEDS.
+CONFIRMED = {"1k": 4, "1k-x4": 4}
 # Values around the tuned point at 1,024 tokens and 1,600 steps, each on the tuning seed.
 SENSITIVITY = {
     "adamw": {"learning_rate": (0.25, 0.5, 2, 4), "momentum": (3, 5, 20, 40),
@@ -97,7 +100,7 @@ class Study:
     def __init__(self, rows):
         self.rows = rows
         self.plan = {}   # {name: words} of all runs whose settings are known so far
-        self.tuned = {}   # {setting: {arm: point that won the trials, None while one is missing}}
+        self.tuned = {}   # {setting: {arm: its tuned point, None while a run is missing}}
 
     def loss(self, name):
         """The final loss of a run: infinite if it diverged, None if it has not run yet."""
@@ -121,9 +124,9 @@ class Study:
 
     def tuning(self, setting, arm, start):
         """
-        The arm's best point of TRIALS trials, or None while one is missing. Coordinate search from
-        start: each setting in turn goes up by a factor and, if that is no better, down. The factor
-        is 2 in the first round and its root in each later one.
+        The points that led during the arm's TRIALS trials, the best last, or None while a trial is
+        missing. Coordinate search from start: each setting in turn goes up by a factor and, if that
+        is no better, down. The factor is 2 in the first round and its root in each later one.
         """
         losses = {}   # by point
 
@@ -136,39 +139,57 @@ class Study:
                                    words(setting, arm, point, TUNING_SEED))
             return losses[key]
 
-        best, factor = start, 2.0
-        best_loss = trial(best)
+        leaders, factor = [start], 2.0
+        best_loss = trial(start)
         while best_loss is not None:
-            for name in best:
+            for name in start:
                 for step in factor, 1 / factor:
                     if len(losses) == TRIALS[setting]:
-                        return best
+                        return leaders
                     low, high = LIMITS.get(name, (0, math.inf))
-                    value = round2(min(max(best[name] * step, low), high))
-                    loss = trial({**best, name: value})
+                    value = round2(min(max(leaders[-1][name] * step, low), high))
+                    loss = trial({**leaders[-1], name: value})
                     if loss is None:
                         return None
                     if loss < best_loss:
-                        best, best_loss = {**best, name: value}, loss
+                        leaders.append({**leaders[-1], name: value})
+                        best_loss = loss
                         break
             factor **= 0.5
         return None
 
-    def learning_rate(self, setting, arm, point, factor=2**0.5):
+    def two_seeds(self, name, setting, arm, point):
+        """The mean loss of a point over RATE_SEEDS, or None while a run is missing."""
+        found = [self.add(f"{name}/{seed}", words(setting, arm.partition("-")[0], point, seed))
+                 for seed in RATE_SEEDS]
+        return None if None in found else statistics.mean(found)
+
+    def confirm(self, setting, arm, leaders):
+        """(point, its loss over RATE_SEEDS): the best of the last CONFIRMED leaders of the trials,
+        or (None, None) while a run is missing. Where one is enough: the last, and None."""
+        last = list(enumerate(leaders))[-CONFIRMED.get(setting, 1):]
+        if len(last) == 1:
+            return leaders[-1], None
+        losses = [self.two_seeds(f"{setting}/confirm/{arm}/{i}", setting, arm, point)
+                  for i, point in last]
+        if None in losses:
+            return None, None
+        best = min(range(len(last)), key=losses.__getitem__)
+        return last[best][1], losses[best]
+
+    def learning_rate(self, setting, arm, point, factor=2**0.5, known=None):
         """
         The point with its best learning rate by the mean loss over RATE_SEEDS, or None while a run
-        is missing. Tries the point's own and its neighbours, a factor apart, and up to six while
-        the best is at an edge.
+        is missing. Tries the point's own, whose loss may be known, and its neighbours, a factor
+        apart, and up to six while the best is at an edge.
         """
         exponents = [-1, 0, 1]
         while True:
             losses = {}
             for e in exponents:
                 lr = round2(point["learning_rate"] * factor**e)
-                found = [self.add(f"{setting}/lr/{arm}/{lr:g}/{seed}", words(
-                    setting, arm.partition("-")[0], {**point, "learning_rate": lr}, seed))
-                    for seed in RATE_SEEDS]
-                losses[e] = lr, None if None in found else statistics.mean(found)
+                losses[e] = lr, known if e == 0 and known else self.two_seeds(
+                    f"{setting}/lr/{arm}/{lr:g}", setting, arm, {**point, "learning_rate": lr})
             if any(loss is None for _, loss in losses.values()):
                 return None
             best = min(losses, key=lambda e: losses[e][1])
@@ -194,10 +215,11 @@ class Study:
                     loss_of("adamw", seed)
                     loss_of(arm, seed)
 
-    def compare(self, setting, points, factor=2**0.5):
-        """Choose every arm's learning rate on two more seeds, then run the finals. Returns the
-        points, or None while a run before the finals is missing."""
-        found = {arm: self.learning_rate(setting, arm, point, factor)
+    def compare(self, setting, points, factor=2**0.5, known=None):
+        """Choose every arm's learning rate on two more seeds, then run the finals. known: losses
+        of the points on these seeds, by arm. Returns the points, or None while a run before the
+        finals is missing."""
+        found = {arm: self.learning_rate(setting, arm, point, factor, known and known[arm])
                  for arm, point in points.items()}
         if None in found.values():
             return None
@@ -207,11 +229,20 @@ class Study:
     def length(self, setting, start):
         """Tune the arms in start and compare them. Returns the chosen points, or None while a run
         before the finals is missing."""
-        tuned = {arm: self.tuning(setting, arm, point) for arm, point in start.items()}
-        self.tuned[setting] = tuned
-        if None in tuned.values():   # no final before every arm is tuned
+        leaders = {arm: self.tuning(setting, arm, point) for arm, point in start.items()}
+        found = {arm: self.confirm(setting, arm, points) if points else (None, None)
+                 for arm, points in leaders.items()}
+        self.tuned[setting] = {arm: point for arm, (point, _) in found.items()}
+        if None in self.tuned[setting].values():   # no final before every arm is tuned
             return None
-        return self.compare(setting, tuned)
+        return self.compare(setting, self.tuned[setting],
+                            known={arm: loss for arm, (_, loss) in found.items()})
+
+    def trial_loss(self, setting, arm, point):
+        """The loss of the trial at a point that led."""
+        wanted = words(setting, arm, point, TUNING_SEED)
+        return next(self.loss(name) for name, planned in self.plan.items()
+                    if name.startswith(f"{setting}/tune/{arm}/") and planned == wanted)
 
     def published(self, setting, points):
         """Compare the published constants, with the warmups in points, to AdamW."""

@@ -45,7 +45,7 @@ def names(plan, *parts):
 
 def test_every_arm_has_as_many_trials_on_a_seed_that_is_no_finals(steps):
     plan = steps[-1][0]
-    for setting, trials in ("quick", 8), ("8k", 20), ("1k", 12), ("1k-x4", 12):
+    for setting, trials in ("quick", 8), ("8k", 20), ("1k", 12), ("1k-x4", 8):
         arms = rules.ARMS if setting in ("8k", "1k") else ("adamw", "lion", "steered", "muon")
         assert {name.split("/")[2] for name in names(plan, setting, "tune")} == set(arms)
         for arm in arms:
@@ -75,15 +75,28 @@ def test_finals_are_at_the_best_learning_rate(steps):
     for setting in "8k", "1k", "1k-x4", "0.1M", "0.3M", "1M":
         for arm in "adamw", "steered", "muon":
             rates = defaultdict(set)
-            for name in names(plan, setting, "lr", arm):
+            for name in names(plan, setting, "lr", arm) + names(plan, setting, "confirm", arm):
                 cfg = config(plan[name])
                 assert cfg.seed in (7, 8)
                 rates[cfg.learning_rate].add(cfg.seed)
-            assert 3 <= len(rates) <= 6 and set(map(len, rates.values())) == {2}
+            assert 3 <= len(rates) <= 8 and set(map(len, rates.values())) == {2}
             finals = [config(plan[name]) for name in names(plan, setting, "final", arm)]
             assert {cfg.seed for cfg in finals} >= {2, 3, 4}
             best = min(rates, key=lambda rate: abs(math.log(rate / 3.3e-3)))
             assert {cfg.learning_rate for cfg in finals} == {best}
+
+
+def test_the_last_leaders_of_noisy_trials_are_compared_on_two_more_seeds():
+    leaders = [{"learning_rate": 1e-3, "momentum": 10, "warmup": w} for w in (0.1, 0.2, 0.3, 0.4)]
+    rows = {}
+    plan = rules.Study(rows)
+    assert plan.confirm("1k", "lion", leaders) == (None, None) and len(plan.plan) == 8
+    for name, words in plan.plan.items():
+        cfg = config(words)
+        assert cfg.seed in (7, 8)
+        rows[name] = {"final_val_loss": str(abs(cfg.warmup_iters / 1600 - 0.2) + cfg.seed)}
+    assert plan.confirm("1k", "lion", leaders) == (leaders[1], 7.5)
+    assert rules.Study(rows).confirm("8k", "lion", leaders) == (leaders[-1], None)
 
 
 def test_a_close_gap_to_adamw_gets_two_more_seeds():

@@ -78,7 +78,8 @@ def test_a_resumed_run_uses_the_settings_it_is_given(tiny_data, tmp_path, optimi
     train(tmp_path, tiny_data, max_iters=10, target_win_rate=0.3, **settings)
     train(tmp_path, tiny_data, max_iters=20, beta1=0.5, beta2=0.6, weight_decay=0.3, rho=0.2,
           **settings)
-    group = checkpoint.load(checkpoint.find_latest(str(tmp_path))[0])["optimizer"]["param_groups"][0]
+    saved = checkpoint.load(checkpoint.find_latest(str(tmp_path))[0])
+    group = saved["optimizer"]["param_groups"][0]
     beta1 = group["momentum"] if optimizer == "muon" else group["betas"][0]
     assert (beta1, group["betas"][1], group["weight_decay"]) == (0.5, 0.6, 0.3)
     assert optimizer != "sophiag" or group["rho"] == 0.2

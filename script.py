@@ -73,7 +73,7 @@ class StopSignal:
         self.name = None
         # torchrun ignores nohup: it forwards SIGHUP and kills every rank that does not exit.
         torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-        names = {"SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"}   # Windows lacks the last two
+        names = "SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"   # Windows lacks the last two
         for number in (n for n in signal.Signals if n.name in names):
             ignored = number.name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
             if torchrun or not ignored:

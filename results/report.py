@@ -1,6 +1,6 @@
 """
 Tables and figures of the study from study.csv: writes results/*.png, and the tables into
-results/README.md and ../README.md, between <!-- name --> and <!-- end -->.
+results/README.md, between <!-- name --> and <!-- end -->.
 
     python results/report.py
 
@@ -122,18 +122,6 @@ def finals_table():
     return rows
 
 
-def short_table():
-    """README's: the differences to AdamW at each setting."""
-    arms = ("muon", "lion", "sophiag", "steered", "sign")
-    rows = []
-    for setting in TITLES:
-        if base := losses(f"{setting}/final/adamw") if finals(setting) else None:
-            rows.append({"": TITLES[setting], "AdamW": spread(base), **{
-                NAMES[arm]: show_gap(losses(f"{setting}/final/{arm}"), base)
-                if arm in finals(setting) else "" for arm in arms}})
-    return rows
-
-
 def ablation_table():
     prefixes = {NAMES["sign"]: "1k/final/sign",
                 **{ABLATION_NAMES[name]: f"1k/ablation/{name}" for name in ABLATIONS}}
@@ -203,7 +191,7 @@ def gap_figure():
         ax = new_axis(figure, 1, len(panels), i, label)
         ax.set_xticks(range(len(places)), places.values())
         ax.set_xlim(-0.4, len(places) - 0.6)
-        ax.axhline(0, color=STYLES["adamw"][0], linestyle="--", linewidth=1)
+        handles[NAMES["adamw"]] = ax.axhline(0, color=STYLES["adamw"][0], linestyle="--")
         if i == 1:
             ax.set_ylabel("loss minus AdamW's (nats/byte)")
         for number, arm in enumerate(arms[1:]):
@@ -285,8 +273,9 @@ def sensitivity_figure():
     return figure
 
 
-def fill(path, blocks):
+def fill(blocks):
     """Replace what stands between <!-- name --> and <!-- end --> by the block of that name."""
+    path = os.path.join(RESULTS, "README.md")
     with open(path, encoding="utf-8") as file:
         text = file.read()
     for name, block in blocks.items():
@@ -298,7 +287,7 @@ def fill(path, blocks):
 
 def main():
     tables = {"tuned": tuned_table(), "finals": finals_table(), "ablations": ablation_table(),
-              "speedup": speedup_table(), "short": short_table()}
+              "speedup": speedup_table()}
     blocks = {name: markdown(rows) if rows else MISSING for name, rows in tables.items()}
     figures = {"gap": (gap_figure, bool(finals("8k"))),
                "gate": (gate_figure, all(f"gate/{arm}" in ROWS for arm in ARMS)),
@@ -307,8 +296,7 @@ def main():
         blocks[name] = f"![{draw.__doc__}]({name}.png)" if ready else MISSING
         if ready:
             draw().savefig(os.path.join(RESULTS, f"{name}.png"))
-    for path in "README.md", "../README.md":
-        fill(os.path.join(RESULTS, path), blocks | {"cost": cost()})
+    fill(blocks | {"cost": cost()})
 
 
 if __name__ == "__main__":

@@ -25,15 +25,13 @@ NAMES = {"adamw": "AdamW", "lion": "Lion", "muon": "Muon", "sophiag": "SophiaG, 
          "adamw-published": "AdamW, published constants"}
 STYLES = {"adamw": ("#D55E00", "s", "--"), "lion": ("#009E73", "D", "-."),
           "sophiag": ("#0072B2", "o", "-"), "steered": ("#CC79A7", "^", ":"),
-          "sign": ("#999999", "v", "--"), "muon": ("#000000", "X", "-"),
-          "sophiag-published": ("#56B4E9", "P", "-"), "lion-published": ("#E69F00", "X", "-."),
-          "adamw-published": ("#D55E00", "s", ":")}
+          "sign": ("#999999", "v", "--"), "muon": ("#000000", "X", "-")}
 MISSING = "*Not run yet.*"
 LENGTHS = {"8k": "400 x\n8,192", "1k": "1,600 x\n1,024", "1k-x4": "6,400 x\n1,024"}
-SIZES = {"0.1M": "0.1M", "0.3M": "0.33M", "1M": "1M"}
+SIZES = {"0.1M": "0.1M", "0.3M": "0.33M", "0.8M": "0.79M"}
 TITLES = {"8k": "400 steps of 8,192 tokens", "1k": "1,600 steps of 1,024 tokens",
           "1k-x4": "6,400 steps of 1,024 tokens", "0.1M": "0.1M parameters, 1,600 steps",
-          "0.3M": "0.33M parameters, 1,600 steps", "1M": "1M parameters, 1,600 steps"}
+          "0.3M": "0.33M parameters, 1,600 steps", "0.8M": "0.79M parameters, 1,600 steps"}
 ABLATION_NAMES = {"k=1": "k = 1, same memory in steps", "k=50": "k = 50, same memory in steps",
                   "hutchinson": "Hutchinson's estimator (Sophia-H)",
                   "empirical_fisher": "empirical Fisher (true labels)",
@@ -152,7 +150,7 @@ def speedup_table():
     rows = [{"": f"AdamW, {steps} steps", "final val loss": f"{loss:.4f}", "speed-up in steps": "",
              "time of a step": "", "speed-up in time": ""} for steps, loss in curve.items()]
     for arm in finals("8k"):
-        if arm in ARMS[1:]:
+        if arm in ("lion", "sophiag", "steered", "muon"):
             own = statistics.mean(losses(f"8k/final/{arm}")[seed] for seed in FINAL_SEEDS)
             ratio = np.exp(np.interp(-own, -found, lengths)) / 400
             outside = "below " if own > found[0] else "above " if own < found[-1] else ""
@@ -170,8 +168,8 @@ def cost():
             f"each" + f"; {on_gpu} ran on a GPU" * (on_gpu > 0) + ".")
 
 
-def new_axis(figure, rows, columns, index, x_label):
-    ax = figure.add_subplot(rows, columns, index)
+def new_axis(figure, rows, columns, index, x_label, **sharing):
+    ax = figure.add_subplot(rows, columns, index, **sharing)
     ax.set(xlabel=x_label)
     ax.grid(alpha=0.3)
     ax.spines[["top", "right"]].set_visible(False)
@@ -180,21 +178,19 @@ def new_axis(figure, rows, columns, index, x_label):
 
 def gap_figure():
     """Final loss minus AdamW's, against the length of the run and the size of the model."""
-    panels = [({s: place for s, place in places.items() if finals(s)}, label, arms)
-              for places, label, arms in (
-                  (LENGTHS, "length: steps x tokens per step", [*ARMS, "sophiag-published"]),
-                  (SIZES, "parameters (10 tokens each)", ARMS))]
+    panels = [({s: place for s, place in places.items() if finals(s)}, label) for places, label in (
+        (LENGTHS, "length: steps x tokens per step"), (SIZES, "parameters (10 tokens each)"))]
     panels = [panel for panel in panels if panel[0]]
     figure = Figure(figsize=(9, 4.2), dpi=160, layout="constrained")
-    handles = {}
-    for i, (places, label, arms) in enumerate(panels, 1):
-        ax = new_axis(figure, 1, len(panels), i, label)
+    handles, ax = {}, None
+    for i, (places, label) in enumerate(panels, 1):
+        ax = new_axis(figure, 1, len(panels), i, label, sharey=ax)
         ax.set_xticks(range(len(places)), places.values())
         ax.set_xlim(-0.4, len(places) - 0.6)
         handles[NAMES["adamw"]] = ax.axhline(0, color=STYLES["adamw"][0], linestyle="--")
         if i == 1:
             ax.set_ylabel("loss minus AdamW's (nats/byte)")
-        for number, arm in enumerate(arms[1:]):
+        for number, arm in enumerate(ARMS[1:]):
             shift = 0.04 * (number - 2)   # so that error bars stay apart
             found = [(x + shift, *gap(losses(f"{s}/final/{arm}"), losses(f"{s}/final/adamw")))
                      for x, s in enumerate(places) if arm in finals(s)]
@@ -254,10 +250,10 @@ def sensitivity_figure():
     found = {name: lines for name in names if (lines := sensitivity_lines(name))}
     rows = -(-len(found) // 3)
     figure = Figure(figsize=(9, 2.8 * rows), dpi=160, layout="constrained")
-    handles = {}
+    handles, ax = {}, None
     for i, (name, lines) in enumerate(found.items(), 1):
         ticks = [1e-4, 1e-3, 1e-2] if name == "learning_rate" else list(changes_of(name))
-        ax = new_axis(figure, rows, 3, i, SETTING_NAMES[name])
+        ax = new_axis(figure, rows, 3, i, SETTING_NAMES[name], sharey=ax)
         ax.set_xscale("log")
         ax.set_xticks(ticks, [f"{t:,}" for t in ticks])
         ax.xaxis.set_minor_locator(NullLocator())
@@ -265,7 +261,6 @@ def sensitivity_figure():
             colour, marker, style = STYLES[arm]
             handles[NAMES[arm]], = ax.plot(*zip(*line), color=colour, marker=marker, markersize=4,
                                            linestyle=style)
-        ax.set_ylim(-0.06, 1.35)
         if i % 3 == 1:
             ax.set_ylabel("loss minus the tuned loss")
     figure.legend(handles.values(), handles.keys(), ncols=4, loc="outside upper center",

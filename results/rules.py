@@ -38,13 +38,13 @@ SETTINGS = {
     "8k": (["results/base.py"], 400),
     "1k": (["results/base.py", *SMALL_BATCH], 1600),
     "1k-x4": (["results/base.py", *SMALL_BATCH], 6400),
-    # 10 tokens per parameter in 1,600 steps: 5, 16 and 48 sequences per step
+    # 10 tokens per parameter in 1,600 steps: 5, 16 and 38 sequences per step
     "0.1M": (["results/base.py", *model(2, 2, 64), "--batch_size=5", "--total_batch_size=5",
               "--eval_iters=103"], 1600),
     "0.3M": (["results/base.py", "--batch_size=16", "--total_batch_size=16", "--eval_iters=32"],
              1600),
-    "1M": (["results/base.py", *model(4, 4, 144), "--batch_size=16", "--total_batch_size=48",
-            "--eval_iters=11"], 1600),
+    "0.8M": (["results/base.py", *model(4, 4, 128), "--batch_size=19", "--total_batch_size=38",
+              "--eval_iters=14"], 1600),
     "quick": (["config/quickstart_sophiag.py"], 1200),   # all four differ only in the optimizer
 }
 TRIALS = {"quick": 8, "8k": 20, "1k": 12, "1k-x4": 8}
@@ -295,8 +295,8 @@ def make_plan(rows):
     study.schedules(base["adamw"])
     study.sensitivity(study.tuned["1k"])   # on seed 1, like the trials
     study.ablations(medium)
-    for setting, points in ("8k", base), ("1k", medium), ("1k-x4", long):
-        study.published(setting, points)
-    for setting in "0.1M", "0.3M", "1M":
+    study.published("1k", medium)
+    for setting in "0.1M", "0.3M", "0.8M":
         study.compare(setting, {arm: medium[arm] for arm in ("adamw", "steered", "muon")}, factor=2)
+    study.published("1k-x4", long)
     return study

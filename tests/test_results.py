@@ -47,7 +47,7 @@ def whole_study():
             loss = 1.3 + 0.01 * math.log(lr / 2e-3) ** 2 + 0.003 * seed
             loss -= 0.02 * ("sophiag" in words)
             rows[name] = {"name": name, "final_val_loss": loss, "win_rate": 0.3, "seconds": 36,
-                          "machine": "NVIDIA" if name.startswith("1M") else "AMD",
+                          "machine": "NVIDIA" if name.startswith("0.8M") else "AMD",
                           "words": words}
         plan = rules.make_plan(rows).plan
     return rows

@@ -48,8 +48,7 @@ SETTINGS = {
     "quick": (["config/quickstart_sophiag.py"], 1200),   # all four differ only in the optimizer
 }
 TRIALS = {"quick": 8, "8k": 20, "1k": 12, "1k-x4": 8}
-# With 1,024 tokens per step, losses differ more between seeds: so many of the last points that led
-# in the trials are compared on RATE_SEEDS.
+# How many of the last points that led in noisy trials are compared on RATE_SEEDS.
 CONFIRMED = {"1k": 4, "1k-x4": 2}
 # Values around the tuned point at 1,024 tokens and 1,600 steps, each on the tuning seed.
 SENSITIVITY = {

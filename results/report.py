@@ -15,7 +15,7 @@ import numpy as np
 import study
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
-from rules import ABLATIONS, ARMS, FINAL_SEEDS, MORE_SEEDS, SENSITIVITY, make_plan
+from rules import ABLATIONS, ARMS, FINAL_SEEDS, MORE_SEEDS, SENSITIVITY, make_plan, paired
 
 RESULTS = os.path.dirname(os.path.abspath(__file__))
 NAMES = {"adamw": "AdamW", "lion": "Lion", "muon": "Muon", "sophiag": "SophiaG, fixed ρ",
@@ -56,16 +56,10 @@ def done(prefix):
     return losses(prefix).keys() >= set(FINAL_SEEDS)
 
 
-def gap(found, base):
-    """(mean, standard error) of the differences paired by seed."""
-    differences = np.array([found[seed] - base[seed] for seed in found if seed in base])
-    return differences.mean(), differences.std(ddof=1) / len(differences) ** 0.5
-
-
 def show_gap(found, base):
-    mean, error = gap(found, base)
-    counts = abs(mean) > 0.01 and abs(mean) > 2 * error
-    return f"**{mean:+.4f}** ± {error:.4f}" if counts else f"{mean:+.4f} ± {error:.4f}"
+    mean, error, certain = paired(found, base)
+    bold = "**" * (certain and abs(mean) > 0.01)
+    return f"{bold}{mean:+.4f}{bold} ± {error:.4f}"
 
 
 def spread(found):
@@ -192,8 +186,9 @@ def gap_figure():
             ax.set_ylabel("loss minus AdamW's (nats/byte)")
         for number, arm in enumerate(ARMS[1:]):
             shift = 0.04 * (number - 2)   # so that error bars stay apart
-            found = [(x + shift, *gap(losses(f"{s}/final/{arm}"), losses(f"{s}/final/adamw")))
-                     for x, s in enumerate(places) if arm in finals(s)]
+            gaps = {x: paired(losses(f"{s}/final/{arm}"), losses(f"{s}/final/adamw"))
+                    for x, s in enumerate(places) if arm in finals(s)}
+            found = [(x + shift, mean, error) for x, (mean, error, _) in gaps.items()]
             if found:
                 colour, marker, line = STYLES[arm]
                 handles[NAMES[arm]] = ax.errorbar(*zip(*found), color=colour, marker=marker,

@@ -20,6 +20,8 @@ START = {
 LIMITS = {"warmup": (0, 0.9), "momentum": (1, 1000), "target_win_rate": (0, 0.95)}
 TUNING_SEED, RATE_SEEDS, FINAL_SEEDS, MORE_SEEDS = 1, (7, 8), (2, 3, 4), (5, 6)
 HESSIAN_INTERVAL = 10
+# Half of a 95% confidence interval in standard errors, by the number of seeds (Student's t).
+CONFIDENCE = {2: 12.7, 3: 4.30, 4: 3.18, 5: 2.78}
 # Constants that arms with a tuned learning rate alone take from the papers.
 PUBLISHED = {"adamw-published": {"momentum": 10, "second": 20},
              "lion-published": {"momentum": 20, "second": 50},
@@ -91,6 +93,14 @@ def words(setting, arm, point, seed, steps=None, interval=HESSIAN_INTERVAL, eval
     return [*flags, f"--max_iters={steps}", f"--eval_interval={steps // evaluations}",
             f"--optimizer={optimizer}", *every,
             *(f"--{name}={value:g}" for name, value in settings.items()), f"--seed={seed}"]
+
+
+def paired(found, base):
+    """(mean, standard error, whether 0 is outside the 95% confidence interval) of the differences
+    between losses {seed: loss}, over the seeds that both have."""
+    gaps = [found[seed] - base[seed] for seed in found if seed in base]
+    mean, error = statistics.mean(gaps), statistics.stdev(gaps) / len(gaps) ** 0.5
+    return mean, error, abs(mean) > CONFIDENCE[len(gaps)] * error
 
 
 class Study:
@@ -197,19 +207,18 @@ class Study:
             exponents.append(best + (1 if best > 0 else -1))
 
     def finals(self, setting, points):
-        """Runs of every arm in points on the final seeds, and on two more where the gap to AdamW is
-        below twice its standard error."""
+        """Runs of every arm in points on the final seeds, and on two more where the sign of the gap
+        to AdamW is not certain."""
         def loss_of(arm, seed):
             return self.add(f"{setting}/final/{arm}/{seed}",
                             words(setting, arm.partition("-")[0], points[arm], seed))
 
-        losses = {arm: [loss_of(arm, seed) for seed in FINAL_SEEDS] for arm in points}
+        losses = {arm: {seed: loss_of(arm, seed) for seed in FINAL_SEEDS} for arm in points}
         for arm in points:
-            found = *losses[arm], *losses["adamw"]
+            found = *losses[arm].values(), *losses["adamw"].values()
             if arm == "adamw" or None in found or math.inf in found:   # inf: a run diverged
                 continue
-            gaps = [a - b for a, b in zip(losses[arm], losses["adamw"])]
-            if abs(statistics.mean(gaps)) < 2 * statistics.stdev(gaps) / len(gaps) ** 0.5:
+            if not paired(losses[arm], losses["adamw"])[2]:
                 for seed in MORE_SEEDS:
                     loss_of("adamw", seed)
                     loss_of(arm, seed)
@@ -291,11 +300,13 @@ def make_plan(rows):
     long = study.length("1k-x4", {a: medium[a] for a in ("adamw", "lion", "steered", "muon")})
     if not long:
         return study
+    sized = {arm: medium[arm] for arm in ("adamw", "steered", "muon")}
     study.schedules(base["adamw"])
-    study.sensitivity(study.tuned["1k"])   # on seed 1, like the trials
+    study.compare("0.1M", sized, factor=2)
+    study.compare("0.3M", sized, factor=2)
     study.ablations(medium)
+    study.sensitivity(study.tuned["1k"])   # on seed 1, like the trials
     study.published("1k", medium)
-    for setting in "0.1M", "0.3M", "0.8M":
-        study.compare(setting, {arm: medium[arm] for arm in ("adamw", "steered", "muon")}, factor=2)
+    study.compare("0.8M", sized, factor=2)
     study.published("1k-x4", long)
     return study

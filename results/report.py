@@ -173,7 +173,8 @@ def new_axis(figure, rows, columns, index, x_label, **sharing):
 def gap_figure():
     """Final loss minus AdamW's, against the length of the run and the size of the model."""
     panels = [({s: place for s, place in places.items() if finals(s)}, label) for places, label in (
-        (LENGTHS, "length: steps x tokens per step"), (SIZES, "parameters (10 tokens each)"))]
+        (LENGTHS, "length: steps x tokens per step"),
+        (SIZES, "parameters (1,600 steps, 10 tokens per parameter)"))]
     panels = [panel for panel in panels if panel[0]]
     figure = Figure(figsize=(9, 4.2), dpi=160, layout="constrained")
     handles, ax = {}, None

@@ -21,7 +21,7 @@ LIMITS = {"warmup": (0, 0.9), "momentum": (1, 1000), "target_win_rate": (0, 0.95
 TUNING_SEED, RATE_SEEDS, FINAL_SEEDS, MORE_SEEDS = 1, (7, 8), (2, 3, 4), (5, 6)
 HESSIAN_INTERVAL = 10
 # Half of a 95% confidence interval in standard errors, by the number of seeds (Student's t).
-CONFIDENCE = {2: 12.7, 3: 4.30, 4: 3.18, 5: 2.78}
+CONFIDENCE = {3: 4.30, 4: 3.18, 5: 2.78}
 # Constants that arms with a tuned learning rate alone take from the papers.
 PUBLISHED = {"adamw-published": {"momentum": 10, "second": 20},
              "lion-published": {"momentum": 20, "second": 50},
@@ -99,6 +99,8 @@ def paired(found, base):
     """(mean, standard error, whether 0 is outside the 95% confidence interval) of the differences
     between losses {seed: loss}, over the seeds that both have."""
     gaps = [found[seed] - base[seed] for seed in found if seed in base]
+    if not all(map(math.isfinite, gaps)):   # a run diverged
+        return sum(gaps), math.nan, True
     mean, error = statistics.mean(gaps), statistics.stdev(gaps) / len(gaps) ** 0.5
     return mean, error, abs(mean) > CONFIDENCE[len(gaps)] * error
 
@@ -216,7 +218,7 @@ class Study:
         losses = {arm: {seed: loss_of(arm, seed) for seed in FINAL_SEEDS} for arm in points}
         for arm in points:
             found = *losses[arm].values(), *losses["adamw"].values()
-            if arm == "adamw" or None in found or math.inf in found:   # inf: a run diverged
+            if arm == "adamw" or None in found:
                 continue
             if not paired(losses[arm], losses["adamw"])[2]:
                 for seed in MORE_SEEDS:

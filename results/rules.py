@@ -254,15 +254,15 @@ class Study:
         return next(self.loss(name) for name, planned in self.plan.items()
                     if name.startswith(f"{setting}/tune/{arm}/") and planned == wanted)
 
-    def published(self, setting, points):
+    def published(self, points):
         """Compare the published constants, with the warmups in points, to AdamW."""
         found = {"adamw": points["adamw"]}
         for name, constants in PUBLISHED.items():
-            point = points.get(name.partition("-")[0], points["steered"])
+            point = points[name.partition("-")[0]]
             point = {k: point[k] for k in ("learning_rate", "warmup")} | constants
-            found[name] = self.learning_rate(setting, name, point, 2)
+            found[name] = self.learning_rate("1k", name, point, 2)
         if None not in found.values():
-            self.finals(setting, found)
+            self.finals("1k", found)
 
     def sensitivity(self, points):
         for arm, changes in SENSITIVITY.items():
@@ -299,8 +299,7 @@ def make_plan(rows):
     medium = study.length("1k", base)
     if not medium:
         return study
-    long = study.length("1k-x4", {a: medium[a] for a in ("adamw", "lion", "steered", "muon")})
-    if not long:
+    if not study.length("1k-x4", {a: medium[a] for a in ("adamw", "lion", "steered", "muon")}):
         return study
     sized = {arm: medium[arm] for arm in ("adamw", "steered", "muon")}
     study.schedules(base["adamw"])
@@ -308,7 +307,6 @@ def make_plan(rows):
     study.compare("0.3M", sized, factor=2)
     study.ablations(medium)
     study.sensitivity(study.tuned["1k"])   # on seed 1, like the trials
-    study.published("1k", medium)
-    study.compare("0.8M", sized, factor=2)
-    study.published("1k-x4", long)
+    study.published(medium)
+    study.finals("0.8M", sized)   # with the learning rates that were best at both smaller sizes
     return study

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import statistics
+from collections import Counter
 
 import numpy as np
 import study
@@ -156,10 +157,10 @@ def speedup_table():
 
 
 def cost():
-    on_cpu = [float(row["seconds"]) for row in ROWS.values() if "NVIDIA" not in row["machine"]]
-    on_gpu = len(ROWS) - len(on_cpu)
-    return (f"{len(on_cpu)} runs took {sum(on_cpu) / 3600:.1f} hours of training steps on one core "
-            f"each" + f"; {on_gpu} ran on a GPU" * (on_gpu > 0) + ".")
+    machines = Counter(row["machine"] for row in ROWS.values()).most_common()
+    hours = sum(float(row["seconds"]) for row in ROWS.values()) / 3600
+    return (f"{len(ROWS)} runs took {hours:.1f} hours of training steps, one core or GPU each: "
+            + ", ".join(f"{count} on {machine}" for machine, count in machines) + ".")
 
 
 def new_axis(figure, rows, columns, index, x_label, **sharing):

@@ -308,5 +308,5 @@ def make_plan(rows):
     study.ablations(medium)
     study.sensitivity(study.tuned["1k"])   # on seed 1, like the trials
     study.published(medium)
-    study.finals("0.8M", sized)   # with the learning rates that were best at both smaller sizes
+    study.compare("0.8M", sized, factor=2)
     return study

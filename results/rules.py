@@ -51,7 +51,7 @@ SETTINGS = {
 }
 TRIALS = {"quick": 8, "8k": 20, "1k": 12, "1k-x4": 8}
 # How many of the last points that led in noisy trials are compared on RATE_SEEDS.
-CONFIRMED = {"1k": 4, "1k-x4": 2}
+CONFIRMED = {"1k": 4, "1k-x4": 2, "0.3M": 2}
 # Values around the tuned point at 1,024 tokens and 1,600 steps, each on the tuning seed.
 SENSITIVITY = {
     "adamw": {"learning_rate": (0.25, 0.5, 2, 4), "momentum": (3, 5, 20, 40),
@@ -229,7 +229,7 @@ class Study:
         """Choose every arm's learning rate on two more seeds, then run the finals. known: losses
         of the points on these seeds, by arm. Returns the points, or None while a run before the
         finals is missing."""
-        found = {arm: self.learning_rate(setting, arm, point, factor, known and known[arm])
+        found = {arm: self.learning_rate(setting, arm, point, factor, (known or {}).get(arm))
                  for arm, point in points.items()}
         if None in found.values():
             return None
@@ -304,9 +304,12 @@ def make_plan(rows):
     sized = {arm: medium[arm] for arm in ("adamw", "steered", "muon")}
     study.schedules(base["adamw"])
     study.compare("0.1M", sized, factor=2)
-    study.compare("0.3M", sized, factor=2)
+    # AdamW's point with 8,192 tokens has another beta1; SophiaG's has only another learning rate.
+    point, loss = study.confirm("0.3M", "adamw", [base["adamw"], medium["adamw"]])
+    larger = point and study.compare("0.3M", sized | {"adamw": point}, 2, {"adamw": loss})
     study.ablations(medium)
     study.sensitivity(study.tuned["1k"])   # on seed 1, like the trials
     study.published(medium)
-    study.compare("0.8M", sized, factor=2)
+    if larger:
+        study.finals("0.8M", larger)
     return study

@@ -72,7 +72,7 @@ def test_a_run_that_is_done_stays_as_it_was_planned(steps):
 
 def test_finals_are_at_the_best_learning_rate(steps):
     plan = steps[-1][0]
-    for setting in "8k", "1k", "1k-x4", "0.1M", "0.3M", "0.8M":
+    for setting in "8k", "1k", "1k-x4", "0.1M", "0.3M":
         for arm in "adamw", "steered", "muon":
             rates = defaultdict(set)
             for name in names(plan, setting, "lr", arm) + names(plan, setting, "confirm", arm):
@@ -84,6 +84,10 @@ def test_finals_are_at_the_best_learning_rate(steps):
             assert {cfg.seed for cfg in finals} >= {2, 3, 4}
             best = min(rates, key=lambda rate: abs(math.log(rate / 3.3e-3)))
             assert {cfg.learning_rate for cfg in finals} == {best}
+    for arm in "adamw", "steered", "muon":   # the largest size keeps the points of the one before
+        small, large = (config(plan[f"{setting}/final/{arm}/2"]) for setting in ("0.3M", "0.8M"))
+        for setting in "learning_rate", "beta1", "beta2", "warmup_iters":
+            assert getattr(large, setting) == getattr(small, setting)
 
 
 def test_the_last_leaders_of_noisy_trials_are_compared_on_two_more_seeds():

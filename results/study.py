@@ -105,8 +105,12 @@ def main(argv):
     running = {}   # name: (process, words)
     while True:
         rows = {row["name"]: row for row in read(RUNS)}
-        plan = {name: words for name, words in make_plan(rows).plan.items()
-                if name.startswith(only)}
+        plan = make_plan(rows).plan
+        for name, words in plan.items():
+            if name in rows and rows[name]["words"] != " ".join(words):
+                sys.exit(f"{name}: the plan now has other words for this run; to run it again, "
+                         "delete its rows in study.csv and study_curves.csv")
+        plan = {name: words for name, words in plan.items() if name.startswith(only)}
         if "--commands" in argv:
             for name, words in plan.items():
                 script = "" if words[0] == "results/shared_noise.py" else "train.py "

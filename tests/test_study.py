@@ -141,3 +141,18 @@ def test_a_run_of_an_earlier_plan_is_not_resumed(tmp_path, monkeypatch):
     assert checkpoint.exists()
     study.start("8k/final/lion/2", ["--beta2=0.95", "--seed=2"])
     assert not checkpoint.exists()
+
+
+def test_a_row_of_an_earlier_plan_is_refused(tmp_path, monkeypatch):
+    lines = (ROOT / "results/study.csv").read_text().splitlines(keepends=True)
+    changed = lines[1].replace("--seed=", "--seed=9")
+    (tmp_path / "study.csv").write_text(lines[0] + changed + "".join(lines[2:]))
+    monkeypatch.setattr(study, "RUNS", str(tmp_path / "study.csv"))
+    with pytest.raises(SystemExit, match=f"^{lines[1].split(',')[0]}: .* delete its rows in"):
+        study.main(["--commands"])
+
+
+def test_the_committed_rows_are_those_of_the_plan():
+    rows = {row["name"]: row for row in study.read(study.RUNS)}
+    plan = {name: " ".join(words) for name, words in rules.make_plan(rows).plan.items()}
+    assert {name: row["words"] for name, row in rows.items()}.items() <= plan.items()
